@@ -1,0 +1,1 @@
+"""Neural networks whose weights live inside an L1,inf ball."""
