@@ -593,23 +593,27 @@ def _as_stored(x: jax.Array, dtype: jnp.dtype, columns: _Columns) -> jax.Array:
     if dtype == x.dtype:
         return x
     return (
-        _round(x * columns.unscale[0] * columns.unscale[1], dtype)
+        round_to(x * columns.unscale[0] * columns.unscale[1], dtype)
         * columns.scale[0]
         * columns.scale[1]
     )
 
 
-def _round(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x`` rounded to nearest in ``dtype``, but still in its own.
+def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x``, float32 or float64, rounded to nearest in ``dtype`` but still in its own.
 
     Not by a cast there and back, which compilers remove as an excess of precision.
     """
+    if jnp.promote_types(x.dtype, dtype) == dtype:
+        return x
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
     if dtype != jnp.float16:
         return rounded
-    # Below its normal numbers float16 is a fixed-point format: the grid of floats in [1/2, 1).
-    return jnp.where(x < info.tiny, (x + 0.5) - 0.5, rounded)
+    # Below its normal numbers float16 is a fixed-point format, which reduce_precision leaves out.
+    quantum = float(info.smallest_subnormal)
+    fixed = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
+    return jnp.where(jnp.abs(x) < info.tiny, fixed, rounded)
 
 
 # --- thresholds as unevaluated sums of two floats -------------------------------------------------
@@ -647,7 +651,7 @@ def _solve(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, method: 
     results = []
     for part, survivor in zip(parts, survivors, strict=True):
         w = survivor * columns.unscale[0] * columns.unscale[1]
-        w = (w if part.dtype == w.dtype else _round(w, part.dtype)).astype(part.dtype)
+        w = round_to(w, part.dtype).astype(part.dtype)
         signed = jnp.where(w == 0, 0, jnp.copysign(w, part))
         results.append(jnp.where(inside, part, signed))
     return tuple(results)
