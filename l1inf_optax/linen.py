@@ -79,9 +79,10 @@ class AugmentedDense(nn.Dense):
 
         y = W x + B = V^T (1, x),    V = (B, W^T)^T,
 
-    and column `j` of the augmented matrix `V` is all that flows into unit `j`. The product is
-    taken as `x @ V[1:] + V[0]`, at the cost of `flax.linen.Dense`, which this layer is in every
-    other respect: same arguments, same result, and the same initial weights from the same key.
+    and column `j` of the augmented matrix `V` is all that flows into unit `j`. In every other
+    respect this is `flax.linen.Dense`: same arguments, same result, and the same initial weights
+    from the same key. Taking `V` apart and joining its gradient copies the matrix once each,
+    2 to 4% of a forward and backward pass of a 784-900-10 network on a CPU (batch 128).
 
     Parameters:
         `augmented_kernel`: `(1 + d_in, features)` of type `param_dtype`; row 0 is the bias.
@@ -124,8 +125,8 @@ class AugmentedConv(nn.Conv):
 
         y[p] = V^T (1, window of x around p),    V = (B, W^T)^T,
 
-    with the kernel flattened row by row below the bias. Everything else, cost and initial weights
-    included, is `flax.linen.Conv`'s.
+    with the kernel flattened row by row below the bias. Everything else, initial weights included,
+    is `flax.linen.Conv`'s.
 
     Parameters:
         `augmented_kernel`: `(1 + prod(kernel_size) * d_in / feature_group_count, features)` of

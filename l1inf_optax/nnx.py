@@ -102,9 +102,10 @@ class AugmentedLinear(nnx.Linear):
 
         y = W x + B = V^T (1, x),    V = (B, W^T)^T,
 
-    and column `j` of the augmented matrix `V` is all that flows into unit `j`. The product is
-    taken as `x @ V[1:] + V[0]`, at the cost of `flax.nnx.Linear`, which this layer is in every
-    other respect: same arguments, same result, and the same initial weights from the same key.
+    and column `j` of the augmented matrix `V` is all that flows into unit `j`. In every other
+    respect this is `flax.nnx.Linear`: same arguments, same result, and the same initial weights
+    from the same key. Taking `V` apart and joining its gradient copies the matrix once each,
+    2 to 4% of a forward and backward pass of a 784-900-10 network on a CPU (batch 128).
 
     Parameters:
         `augmented_kernel`: `(1 + in_features, out_features)` of type `param_dtype`; row 0 is the
@@ -154,8 +155,8 @@ class AugmentedConv(nnx.Conv):
 
         y[p] = V^T (1, window of x around p),    V = (B, W^T)^T,
 
-    with the kernel flattened row by row below the bias. Everything else, cost and initial weights
-    included, is `flax.nnx.Conv`'s.
+    with the kernel flattened row by row below the bias. Everything else, initial weights included,
+    is `flax.nnx.Conv`'s.
 
     Parameters:
         `augmented_kernel`:
