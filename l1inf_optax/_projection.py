@@ -35,10 +35,10 @@ Pair = tuple[jax.Array, jax.Array]
 
 METHODS = ("newton", "sort")
 
-# Every pass of Newton's method divides excess times slope by four or more, and their product starts
-# below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000; real data takes
-# 3 to 8. Rounding has no such theorem: past this number of passes every other one bisects, and the
-# search ends after `_PASSES`, with a feasible column, whatever happens.
+# Every pass of Newton's method divides excess times slope by four or more, and their product
+# starts below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000; real
+# data takes 3 to 8. Rounding has no such theorem: past this number of passes every other one
+# bisects, and the search ends after `_PASSES`, with a feasible column, whatever happens.
 _NEWTON_PASSES = 24
 _PASSES = 128
 _BLOCK = 32
@@ -544,8 +544,8 @@ def _sort(columns: _Columns, axes: Axes) -> Pair:
         order = jnp.argsort(-key)
         mu, g = key[order], slope[order]
         theta = (jnp.cumsum(g * mu) - c) / jnp.cumsum(g)
-        p = jnp.max(jnp.where(mu > theta, jnp.arange(len(mu)), 0))
-        return theta[p]
+        p = jnp.cumprod(mu > theta).sum()
+        return theta[p - 1]
 
     def rows(parts: Arrays) -> jax.Array:
         last = tuple(range(-len(axes), 0))
@@ -589,8 +589,10 @@ def _certify(
         slope = _slope(columns, survivors, axes)
         feasible = excess <= 0
         done = search.done | (feasible & (excess >= -slack)) | jnp.isnan(excess)
-        high = _choose(feasible & ~search.done, search.trial, search.high)
-        low = _choose(feasible | search.done, search.low, search.trial)
+        closer = ~search.done & (_gap(search.trial, search.low) > 0)
+        low = _choose(closer & ~feasible, search.trial, search.low)
+        closer = ~search.done & (_gap(search.high, search.trial) > 0)
+        high = _choose(closer & feasible, search.trial, search.high)
         # Entries that tie round alike, so a step may change nothing: try one twice as long.
         longer = jnp.where(
             feasible, 1.0, jnp.exp2(jnp.minimum(search.passes, 20).astype(info.dtype))
