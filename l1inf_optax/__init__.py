@@ -14,6 +14,7 @@ from l1inf_optax._transform import (
     keep_params_in_l1inf_ball,
     project_params,
 )
+from l1inf_optax.sparsity import LayerSparsity, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
     from l1inf_optax import linen, nnx, plotting
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "KeepParamsInL1InfBallState",
     "LayerDimensionNumbers",
+    "LayerSparsity",
+    "SparsityReport",
     "convert_params",
     "keep_params_in_l1inf_ball",
     "l1inf_norm",
@@ -29,6 +32,7 @@ __all__ = [
     "plotting",
     "project_params",
     "projection_l1inf_ball",
+    "sparsity_report",
 ]
 
 _SUBMODULES = ("linen", "nnx", "plotting")

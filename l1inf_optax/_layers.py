@@ -64,8 +64,9 @@ class Layer(NamedTuple):
         shape: Shape of the kernel.
         reduction_axes: The axes a column runs along.
         output_axes: The axes that index units.
-        doubt: Why the axes could not be told, or None. They are made up then.
+        doubt: Why the axes could not be told, or None. They are empty then.
         leaf_path: The kernel's own path.
+        has_bias_row: Whether row 0 of the kernel is the bias.
     """
 
     path: str
@@ -76,6 +77,7 @@ class Layer(NamedTuple):
     output_axes: Axes
     doubt: str | None
     leaf_path: str
+    has_bias_row: bool
 
     def columns(self, leaves: Sequence[Any]) -> Arrays:
         """The layer's bias and kernel as arrays that agree in every axis but ``reduction_axes``."""
@@ -177,6 +179,10 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(_path(keys), leaf) for keys, leaf in flat]
 
 
+def _shape(leaf: Any) -> tuple[int, ...] | None:
+    return None if leaf is None else jnp.shape(leaf)
+
+
 def _path(keys: tuple[Any, ...]) -> str:
     # The boxes that Linen (Partitioned) and NNX (Param) keep values in are not part of the name.
     if keys and isinstance(keys[-1], tree_util.GetAttrKey) and keys[-1].name == "value":
@@ -240,7 +246,7 @@ def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
                 raise ValueError(f"layers names the bias {bias_path!r}, which is not in params")
             bias = index[bias_path]
             _check_bias(jnp.shape(leaves[bias][1]), shape, reduction, path)
-        yield Layer(path, i, bias, shape, reduction, output, None, path)
+        yield Layer(path, i, bias, shape, reduction, output, None, path, False)
 
 
 def _normalised(axis: int | Sequence[int], shape: tuple[int, ...], path: str) -> Axes:
@@ -276,14 +282,14 @@ def _by_name(leaves: list[tuple[str, Any]]) -> Iterator[Layer]:
             if kernel_name not in names:
                 continue
             kernel, bias = names[kernel_name], names.get(bias_name)
-            shape = jnp.shape(leaves[kernel][1])
-            if len(shape) < 2:
+            shape = _shape(leaves[kernel][1])
+            bias_shape = None if bias is None else _shape(leaves[bias][1])
+            if shape is None or len(shape) < 2:
                 continue
-            if axes_of is _units_first and (bias is None or jnp.shape(leaves[bias][1]) == shape):
+            if axes_of is _units_first and (bias is None or bias_shape == shape):
                 continue  # an embedding, which has no bias at all, not even None; or a norm
-            if bias is not None and leaves[bias][1] is None:
+            if bias_shape is None:
                 bias = None
-            bias_shape = None if bias is None else jnp.shape(leaves[bias][1])
             verdict = axes_of(shape, bias_shape, _role(parent, groups))
             doubt = None
             if isinstance(verdict, str):
@@ -293,7 +299,8 @@ def _by_name(leaves: list[tuple[str, Any]]) -> Iterator[Layer]:
                     "layers={glob: LayerDimensionNumbers(reduction_axis, output_axis)}"
                 )
                 verdict = (), ()
-            yield Layer(parent, kernel, bias, shape, *verdict, doubt, leaves[kernel][0])
+            leaf_path, has_bias_row = leaves[kernel][0], kernel_name == AUGMENTED_KERNEL
+            yield Layer(parent, kernel, bias, shape, *verdict, doubt, leaf_path, has_bias_row)
 
 
 def _role(path: str, groups: Mapping[str, Any]) -> str | None:
@@ -393,10 +400,7 @@ def convert_params(params: Any, like: Any) -> Any:
     """
     source = dict(_named_leaves(params))
     wanted = dict(_named_leaves(like))
-    converted = [
-        _convert(path, None if leaf is None else jnp.shape(leaf), source, wanted)
-        for path, leaf in wanted.items()
-    ]
+    converted = [_convert(path, _shape(leaf), source, wanted) for path, leaf in wanted.items()]
     return tree_util.tree_unflatten(flatten(like)[1], converted)
 
 
@@ -423,9 +427,9 @@ def _convert(
         raise ValueError(
             f"like has {path!r}, but params has nothing for it. It has: {_listing(iter(source))}"
         )
-    if value is not None and jnp.shape(value) != shape:
+    if _shape(value) != shape:
         raise ValueError(
-            f"like has shape {shape} at {path!r}, but params gives {jnp.shape(value)}: "
+            f"like has shape {shape} at {path!r}, but params gives {_shape(value)}: "
             "take both from the same architecture"
         )
     return value

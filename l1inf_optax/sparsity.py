@@ -1,0 +1,216 @@
+"""What the ball has done to a network: zeros, norms and units, layer by layer."""
+
+import dataclasses
+import html
+from typing import Any
+
+import numpy as np
+
+from l1inf_optax import _layers
+from l1inf_optax._layers import Layer, Layers
+
+# A projected column ends within a few units of its dtype's last place below c; this much is shared
+# by float32 and the 16-bit formats.
+_ON_BOUNDARY = {2: 2.0**-6, 4: 1e-5, 8: 1e-10}
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """Counts for one layer, bias included, or for several together.
+
+    Attributes:
+        path: The layer's name, its keys joined by ``/``.
+        shape: Shape of the augmented matrix, (1 + inputs, units), after batch axes; None in a
+            total.
+        entries: Number of weights and biases.
+        zeros: How many of them are exactly zero.
+        below_threshold: How many are smaller in magnitude than the threshold, zeros included, or
+            None if no threshold was given.
+        largest_norm: The L1,inf norm.
+        columns: Number of units.
+        columns_on_boundary: How many of them have a norm of c, to rounding.
+        empty_columns: How many of them have neither bias nor weights: units that are constant 0.
+        inputs: Number of rows below the bias.
+        unused_inputs: How many of them no unit looks at.
+    """
+
+    path: str
+    shape: tuple[int, ...] | None
+    entries: int
+    zeros: int
+    below_threshold: int | None
+    largest_norm: float
+    columns: int
+    columns_on_boundary: int
+    empty_columns: int
+    inputs: int
+    unused_inputs: int
+
+    @property
+    def sparsity(self) -> float:
+        """Percentage of entries that are exactly zero."""
+        return 100 * self.zeros / max(self.entries, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """Counts for every layer; prints as an aligned table and renders as HTML in Jupyter.
+
+    Attributes:
+        layers: One entry for each layer.
+        threshold: The threshold of ``below_threshold``, or None.
+    """
+
+    layers: tuple[LayerSparsity, ...]
+    threshold: float | None = None
+
+    @property
+    def total(self) -> LayerSparsity:
+        """All layers together: counts are added, of norms the largest is taken."""
+        counts = {
+            field.name: sum(getattr(layer, field.name) or 0 for layer in self.layers)
+            for field in dataclasses.fields(LayerSparsity)
+            if field.name not in ("path", "shape", "below_threshold", "largest_norm")
+        }
+        below = None
+        if self.threshold is not None:
+            below = sum(layer.below_threshold or 0 for layer in self.layers)
+        norm = max((layer.largest_norm for layer in self.layers), default=0.0)
+        return LayerSparsity("total", None, below_threshold=below, largest_norm=norm, **counts)
+
+    def __str__(self) -> str:
+        rows = self._rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    def _repr_html_(self) -> str:
+        head, *body = self._rows()
+
+        def row(cells: list[str], tag: str) -> str:
+            align = ["left", "left"] + ["right"] * (len(cells) - 2)
+            return "".join(
+                f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+                for cell, side in zip(cells, align, strict=True)
+            )
+
+        return (
+            f"<table><thead><tr>{row(head, 'th')}</tr></thead><tbody>"
+            + "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in body[:-1])
+            + f"</tbody><tfoot><tr>{row(body[-1], 'th')}</tr></tfoot></table>"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        """Header, a row for each layer, the total."""
+
+        def share(part: int, whole: int) -> str:
+            return f"{100 * part / max(whole, 1):.2f}%"
+
+        below = [] if self.threshold is None else [f"below {self.threshold:g}"]
+        counts = ["on boundary", "empty columns", "unused inputs"]
+        rows = [["layer", "shape", "zeros", *below, "largest norm", *counts]]
+        for layer in (*self.layers, self.total):
+            row = [
+                layer.path or "(root)",
+                " x ".join(map(str, layer.shape or ())),
+                share(layer.zeros, layer.entries),
+                *(share(layer.below_threshold or 0, layer.entries) for _ in below),
+                f"{layer.largest_norm:.6g}",
+                f"{layer.columns_on_boundary} / {layer.columns}",
+                f"{layer.empty_columns} / {layer.columns}",
+                f"{layer.unused_inputs} / {layer.inputs}",
+            ]
+            rows.append(row)
+        return rows
+
+
+def sparsity_report(
+    params: Any, *, c: Any = None, layers: Layers = None, threshold: float | None = None
+) -> SparsityReport:
+    """Counts zeros, norms, boundary columns, empty columns and unused inputs of every layer.
+
+    Args:
+        params: Pytree of parameters.
+        c: The radius, as in :func:`keep_params_in_l1inf_ball`, read at step 0 if a schedule: then
+            only the layers it constrains are reported. ``None`` reports every layer, and takes the
+            largest norm in a layer for its radius.
+        layers: As in :func:`keep_params_in_l1inf_ball`. Row 0 of an ``augmented_kernel`` is taken
+            for its bias; say with dimension numbers that a layer has none.
+        threshold: Magnitude below which an entry is counted in a column of its own. The paper
+            appears to count entries below 1e-3 as zeros.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: as :func:`keep_params_in_l1inf_ball`.
+
+    Example:
+        >>> import jax.numpy as jnp, l1inf_optax as l1inf
+        >>> V = jnp.array([[0.0, 0.0, 0.5], [1.0, 0.0, 0.25], [0.0, 0.0, 0.0]])
+        >>> print(l1inf.sparsity_report({"hidden": {"augmented_kernel": V}}))
+        layer   shape   zeros  largest norm  on boundary  empty columns  unused inputs
+        ------------------------------------------------------------------------------
+        hidden  3 x 3  66.67%             1        1 / 3          1 / 3          1 / 2
+        ------------------------------------------------------------------------------
+        total          66.67%             1        1 / 3          1 / 3          1 / 2
+    """
+    if c is None:
+        found: list[tuple[Layer, Any]] = [
+            (layer, None) for layer in _layers.find_layers(params, layers)
+        ]
+        for layer, _ in found:
+            _layers.check_certain(layer)
+    else:
+        _layers.check_radii(c)
+        found = _layers.constrained_layers(params, c, layers)
+    leaves, _ = _layers.flatten(params)
+    return SparsityReport(
+        tuple(_count(layer, leaves, radius, threshold) for layer, radius in found), threshold
+    )
+
+
+def _count(layer: Layer, leaves: list[Any], radius: Any, threshold: float | None) -> LayerSparsity:
+    *bias, kernel = (np.abs(np.asarray(x, np.float64)) for x in layer.columns(leaves))
+    itemsize = np.asarray(leaves[layer.kernel]).dtype.itemsize
+    batch = tuple(
+        i
+        for i in range(kernel.ndim)
+        if i not in layer.reduction_axes and i not in layer.output_axes
+    )
+    order = (*batch, *layer.reduction_axes, *layer.output_axes)
+    batch_shape = tuple(kernel.shape[i] for i in batch)
+    units = int(np.prod([kernel.shape[i] for i in layer.output_axes]))
+
+    def matrix(x: np.ndarray) -> np.ndarray:
+        """As (batch..., rows, units)."""
+        rows = int(np.prod([x.shape[i] for i in layer.reduction_axes]))
+        return x.transpose(order).reshape(*batch_shape, rows, units)
+
+    v = np.concatenate([matrix(x) for x in (*bias, kernel)], axis=-2)
+    weights = v[..., int(layer.has_bias_row or bool(bias)) :, :]
+    norms = v.sum(-2)
+    largest = float(norms.max(initial=0))
+    if callable(radius):
+        radius = radius(0)
+    c = largest if radius is None else np.asarray(radius, np.float64)
+    return LayerSparsity(
+        path=layer.path,
+        shape=v.shape,
+        entries=v.size,
+        zeros=int((v == 0).sum()),
+        below_threshold=None if threshold is None else int((v < threshold).sum()),
+        largest_norm=largest,
+        columns=norms.size,
+        columns_on_boundary=int(((norms >= c * (1 - _ON_BOUNDARY[itemsize])) & (norms > 0)).sum()),
+        empty_columns=int((norms == 0).sum()),
+        inputs=int(np.prod(weights.shape[:-1])),
+        unused_inputs=int((weights == 0).all(-1).sum()),
+    )

@@ -1,0 +1,333 @@
+import re
+
+import chex
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import l1inf_optax as l1inf
+from l1inf_optax._layers import find_layers
+
+KEY = jax.random.key(0)
+Numbers = l1inf.LayerDimensionNumbers
+
+
+def shapes(**leaves):
+    """Nested dict of shapes from a/b=shape keywords, with __ for /."""
+    tree = {}
+    for path, shape in leaves.items():
+        *parents, name = path.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = None if shape is None else jnp.zeros(shape)
+    return tree
+
+
+def found(params, layers=None):
+    """What is found, as {path: (reduction axes, has a bias)}."""
+    return {
+        layer.path: "doubt" if layer.doubt else (layer.reduction_axes, layer.bias is not None)
+        for layer in find_layers(params, layers)
+    }
+
+
+# --- the conventions of the libraries -------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        image = nn.Conv(4, (3, 3), name="conv")(x)
+        image = nn.Conv(4, (3, 3), use_bias=False, name="conv_without_bias")(image)
+        image = nn.BatchNorm(use_running_average=True)(image)
+        x = nn.LayerNorm()(image.reshape(image.shape[0], 6, -1))
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
+        x = nn.MultiHeadDotProductAttention(num_heads=2, use_bias=False, name="bare")(x)
+        x = nn.DenseGeneral((2, 5), axis=(-2, -1), name="general")(x)
+        x = nn.Dense(7, name="dense")(x)
+        x = nn.Dense(3, use_bias=False, name="dense_without_bias")(x)
+        return x + nn.Embed(9, 3, name="embed")(jnp.zeros(1, int))
+
+
+def test_flax_linen_layers_are_found_with_their_axes():
+    params = Everything().init(KEY, jnp.zeros((1, 6, 6, 2)))
+    expected = {
+        "conv": ((0, 1, 2), True),
+        "conv_without_bias": ((0, 1, 2), False),
+        "general": ((0, 1), True),
+        "dense": ((0,), True),
+        "dense_without_bias": ((0,), False),
+    }
+    for name in ("query", "key", "value"):
+        expected[f"attention/{name}"] = ((0,), True)
+        expected[f"bare/{name}"] = ((0,), False)
+    expected["attention/out"] = ((0, 1), True)
+    expected["bare/out"] = ((0, 1), False)
+    assert found(params) == {f"params/{path}": axes for path, axes in expected.items()}
+
+
+def test_flax_nnx_layers_are_found_with_their_axes():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(3, 4, rngs=rngs)
+            self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+            self.norm = nnx.LayerNorm(4, rngs=rngs)
+            self.embed = nnx.Embed(9, 4, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(2, 4, rngs=rngs)
+            self.augmented = l1inf.nnx.AugmentedLinear(3, 4, rngs=rngs)
+
+    model = Model(nnx.Rngs(0))
+    expected = {
+        "linear": ((0,), True),
+        "conv": ((0, 1, 2), True),
+        "attention/query": ((0,), True),
+        "attention/key": ((0,), True),
+        "attention/value": ((0,), True),
+        "attention/out": ((0, 1), True),
+        "augmented": ((0,), False),
+    }
+    assert found(nnx.state(model, nnx.Param)) == expected
+    assert found(nnx.as_pure(nnx.state(model, nnx.Param))) == expected
+
+
+def test_haiku_layers_are_found_with_their_axes():
+    def net(x):
+        x = hk.Conv2D(4, 3)(x)
+        x = hk.LayerNorm(-1, True, True)(x)
+        x = hk.nets.MLP([5, 6])(x.reshape(x.shape[0], -1))
+        return x + hk.Embed(9, 6)(jnp.zeros(1, int))
+
+    params = hk.transform(net).init(KEY, jnp.zeros((1, 6, 6, 2)))
+    assert found(params) == {
+        "conv2_d": ((0, 1, 2), True),
+        "mlp/~/linear_0": ((0,), True),
+        "mlp/~/linear_1": ((0,), True),
+    }
+
+
+def test_equinox_layers_are_found_with_their_axes():
+    keys = jax.random.split(KEY, 8)
+    model = {
+        "linear": eqx.nn.Linear(3, 4, key=keys[0]),
+        "single": eqx.nn.Linear(3, 1, key=keys[0]),
+        "bare": eqx.nn.Linear(3, 4, use_bias=False, key=keys[1]),
+        "conv": eqx.nn.Conv2d(2, 4, 3, key=keys[2]),
+        "bare_conv": eqx.nn.Conv2d(2, 4, 3, use_bias=False, key=keys[3]),
+        "norm": eqx.nn.LayerNorm((3, 4)),
+        "vector_norm": eqx.nn.LayerNorm(4),
+        "embed": eqx.nn.Embedding(9, 4, key=keys[4]),
+        "stacked": eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key))(keys[:5]),
+    }
+    assert found(eqx.filter(model, eqx.is_inexact_array)) == {
+        "linear": ((1,), True),
+        "single": ((1,), True),
+        "bare": ((1,), False),
+        "conv": ((1, 2, 3), True),
+        "bare_conv": ((1, 2, 3), False),
+        "stacked": ((2,), True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias", "expected"),
+    [
+        ((4, 3), (3,), ((0,), True)),
+        ((6, 4, 3), (6, 3), ((1,), True)),  # stacked Dense
+        ((6, 3, 3, 2, 4), (6, 4), ((1, 2, 3), True)),  # stacked convolutions
+        ((8, 2, 5), (2, 5), ((0,), True)),  # DenseGeneral: heads, head_dim
+        ((6, 8, 2, 5), (6, 2, 5), ((1,), True)),  # stacked DenseGeneral
+        ((8, 8, 5), (8, 5), "doubt"),  # either
+        ((6, 4, 3), None, "doubt"),  # Conv1D, or stacked Dense
+        ((2, 3, 3, 4, 5), None, "doubt"),
+        ((4, 3), (4,), "doubt"),  # does not fit
+        ((4, 3), (1, 3), "doubt"),
+    ],
+)
+def test_axes_are_told_from_shapes_or_left_in_doubt(kernel, bias, expected):
+    leaves = {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias}
+    assert found({"layer": shapes(**leaves)}) == {"layer": expected}
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_stacked_attention_is_told_from_its_siblings(depth):
+    batch = (8,) * depth
+    params = {
+        name: {"kernel": jnp.zeros((*batch, 8, 8, 5)), "bias": jnp.zeros((*batch, 8, 5))}
+        for name in ("query", "key", "value")
+    }
+    params["out"] = {"kernel": jnp.zeros((*batch, 8, 5, 8)), "bias": jnp.zeros((*batch, 8))}
+    assert found({"attention": params}) == {
+        **{f"attention/{name}": ((depth,), True) for name in ("query", "key", "value")},
+        "attention/out": ((depth, depth + 1), True),
+    }
+
+
+def test_vectors_norms_embeddings_and_empty_leaves_are_left_alone():
+    params = shapes(
+        norm__scale=(4,), norm__bias=(4,), embed__embedding=(9, 4), a__kernel=(4,), b__weight=(4,),
+        b__bias=(4,), c__weight=(3, 4), d__kernel=None, e__w=(3,), f__bias=(4,),
+    )  # fmt: skip
+    assert found(params) == {}
+
+
+def test_masked_and_frozen_parts_of_a_layer_are_left_out():
+    params = shapes(layer__kernel=(4, 3), layer__bias=(3,))
+    params["layer"]["bias"] = optax.MaskedNode()
+    assert found(params) == {"layer": ((0,), False)}
+
+
+def test_doubt_is_an_error_only_where_it_matters():
+    params = shapes(a__kernel=(6, 4, 3), b__kernel=(4, 3))
+    l1inf.project_params(params, {"b": 1.0})
+    with pytest.raises(ValueError, match=r"'a/kernel', shape \(6, 4, 3\).*LayerDimensionNumbers"):
+        l1inf.project_params(params, 1.0)
+    l1inf.project_params(params, 1.0, layers={"a/kernel": Numbers(1, 2)})
+
+
+def test_a_bias_that_does_not_fit_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"'kernel', shape \(4, 3\): its bias, shape \(4,\), does not"
+    ):
+        l1inf.project_params(shapes(kernel=(4, 3), bias=(4,)), 1.0)
+
+
+# --- layers that are described --------------------------------------------------------------------
+
+
+def test_dimension_numbers_describe_any_leaf():
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.normal(size=(2, 3, 4, 5)), jnp.float32)  # layers, heads, dim, model
+    bias = jnp.asarray(rng.normal(size=(2, 5)), jnp.float32)
+    params = {"block": {"w_out": kernel, "b_out": bias}, "kernel": jnp.ones((3, 3))}
+    numbers = Numbers(reduction_axis=(1, -2), output_axis=-1, bias="b_out")
+    after = l1inf.project_params(params, 0.5, layers={"w_*": numbers})
+    total = jnp.abs(after["block"]["w_out"]).sum((1, 2)) + jnp.abs(after["block"]["b_out"])
+    np.testing.assert_allclose(total, 0.5, rtol=1e-6)
+    assert after["block"]["b_out"].shape == (2, 5)
+    np.testing.assert_array_equal(after["kernel"], params["kernel"])  # nothing else is looked for
+
+
+@pytest.mark.parametrize("numbers", [Numbers(1, 0), optax.contrib.MuonDimensionNumbers(1, 0)])
+def test_layers_may_be_globs_a_tree_or_a_function(numbers):
+    params = shapes(a__w=(4, 3), b__w=(4, 3))
+    tree = {"a": {"w": numbers}, "b": {"w": None}}
+    for layers in ({"a/w": numbers}, {"b/*": None, "*": numbers}, tree, lambda params: tree):
+        assert found(params, layers) == {"a/w": ((1,), False)}
+
+
+def test_patterns_match_from_any_slash_on():
+    params = shapes(params__hidden_0__kernel=(2, 2), params__out__hidden__kernel=(2, 2))
+    for pattern, paths in {
+        "hidden_*": ["params/hidden_0"],
+        "hidden": ["params/out/hidden"],
+        "out/*": ["params/out/hidden"],
+        "params/hidden_0": ["params/hidden_0"],
+        "*": ["params/hidden_0", "params/out/hidden"],
+        "hidden_0/kernel": ["params/hidden_0"],
+    }.items():
+        after = l1inf.project_params(jax.tree.map(lambda x: x + 1, params), {pattern: 0.5})
+        shrunk = [layer.path for layer in find_layers(after) if at(after, layer.path).max() < 1]
+        assert shrunk == paths
+
+
+def at(tree, path):
+    for key in path.split("/"):
+        tree = tree[key]
+    return tree["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        ({"nothing": Numbers()}, ("layers", "'nothing'", "matches nothing", "a/w")),
+        ({"a/w": Numbers(2, 1)}, ("layers", "'a/w'", "(4, 3)", "out of range")),
+        ({"a/w": Numbers(0, 0)}, ("layers", "'a/w'", "both reduction and output")),
+        ({"a/w": Numbers(0, 1, bias="c")}, ("layers", "'a/c'", "not in params")),
+        ({"a/w": Numbers(1, 0, bias="b")}, ("bias", "'a/w'", "(3,)", "(4, 3)")),
+        ({"z": {"w": Numbers()}}, ("layers", "'z/w'", "matches nothing")),
+    ],
+)
+def test_wrong_dimension_numbers_are_an_error(layers, names):
+    params = shapes(a__w=(4, 3), a__b=(3,))
+    with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, names))):
+        l1inf.project_params(params, 1.0, layers=layers)
+
+
+# --- between plain and augmented parameters -------------------------------------------------------
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(4, (3, 3), name="conv")(x)).reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(6, use_bias=False, name="hidden")(x))
+        return nn.Dense(3, name="readout")(nn.LayerNorm(name="norm")(x))
+
+
+class Augmented(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(l1inf.linen.AugmentedConv(4, (3, 3), name="conv")(x)).reshape(x.shape[0], -1)
+        x = nn.relu(l1inf.linen.AugmentedDense(6, use_bias=False, name="hidden")(x))
+        return nn.Dense(3, name="readout")(nn.LayerNorm(name="norm")(x))
+
+
+def test_plain_linen_parameters_convert_to_augmented_ones_and_back_bit_for_bit():
+    x = jax.random.normal(KEY, (2, 5, 5, 2))
+    plain = jax.tree.map(lambda p: p + 0.1, Plain().init(KEY, x))
+    like = jax.eval_shape(Augmented().init, KEY, x)
+    augmented = l1inf.convert_params(plain, like)
+    assert jax.tree.structure(augmented) == jax.tree.structure(like)
+    np.testing.assert_array_equal(
+        augmented["params"]["conv"]["augmented_kernel"][0], np.float32(0.1)
+    )
+    np.testing.assert_array_equal(Augmented().apply(augmented, x), Plain().apply(plain, x))
+    chex.assert_trees_all_equal(l1inf.convert_params(augmented, plain), plain)
+
+
+def test_nnx_states_convert_and_can_be_loaded():
+    class Model(nnx.Module):
+        def __init__(self, linear, rngs):
+            self.hidden = linear(4, 6, rngs=rngs)
+            self.readout = nnx.Linear(6, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.readout(nnx.relu(self.hidden(x)))
+
+    plain = Model(nnx.Linear, nnx.Rngs(0))
+    augmented = Model(l1inf.nnx.AugmentedLinear, nnx.Rngs(1))
+    state = l1inf.convert_params(nnx.state(plain, nnx.Param), nnx.state(augmented, nnx.Param))
+    nnx.update(augmented, state)
+    x = jnp.ones((3, 4))
+    np.testing.assert_array_equal(augmented(x), plain(x))
+    back = l1inf.convert_params(nnx.state(augmented, nnx.Param), nnx.state(plain, nnx.Param))
+    chex.assert_trees_all_equal(nnx.to_pure_dict(back), nnx.to_pure_dict(nnx.state(plain)))
+
+
+def test_stacked_and_16_bit_layers_convert():
+    kernel = jnp.arange(2 * 3 * 4, dtype=jnp.bfloat16).reshape(2, 3, 4)
+    plain = {"kernel": kernel, "bias": -jnp.ones((2, 4), jnp.bfloat16)}
+    augmented = l1inf.convert_params(plain, {"augmented_kernel": jnp.zeros((2, 4, 4))})
+    assert augmented["augmented_kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(augmented["augmented_kernel"][:, 0], plain["bias"])
+    chex.assert_trees_all_equal(l1inf.convert_params(augmented, plain), plain)
+
+
+@pytest.mark.parametrize(
+    ("params", "like", "names"),
+    [
+        (shapes(a__kernel=(2, 3)), shapes(b__augmented_kernel=(3, 3)), ("b/augmented", "a/kernel")),
+        (shapes(kernel=(2, 3), bias=(3,)), shapes(augmented_kernel=(2, 3)), ("(2, 3)", "(3, 3)")),
+        (shapes(kernel=(2, 3)), shapes(kernel=(3, 3)), ("(3, 3)", "'kernel'", "(2, 3)")),
+    ],
+)
+def test_trees_that_do_not_correspond_are_an_error(params, like, names):
+    with pytest.raises(ValueError, match=".*".join(map(re.escape, names))):
+        l1inf.convert_params(params, like)

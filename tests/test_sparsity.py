@@ -1,0 +1,113 @@
+import dataclasses
+import html.parser
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import l1inf_optax as l1inf
+
+V = np.array(
+    [  # bias, then three inputs; four units
+        [0.0, 0.5, 0.0, 0.0],
+        [1.0, 0.5, 0.0, 2e-4],
+        [0.0, 0.0, 0.0, 0.0],
+        [0.0, -0.25, 0.0, 0.5],
+    ],
+    np.float32,
+)
+PARAMS = {
+    "hidden": {"augmented_kernel": jnp.asarray(V)},
+    "readout": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)},
+    "norm": {"scale": jnp.zeros(9)},
+}
+
+
+def test_every_count_is_the_count_by_hand():
+    report = l1inf.sparsity_report(PARAMS, c={"hidden": 1.25}, threshold=1e-3)
+    (layer,) = report.layers
+    assert dataclasses.asdict(layer) == {
+        "path": "hidden",
+        "shape": (4, 4),
+        "entries": 16,
+        "zeros": 10,
+        "below_threshold": 11,
+        "largest_norm": 1.25,
+        "columns": 4,
+        "columns_on_boundary": 1,
+        "empty_columns": 1,
+        "inputs": 3,
+        "unused_inputs": 1,
+    }
+    assert layer.sparsity == 62.5
+
+
+def test_without_a_radius_every_layer_is_measured_by_its_own_largest_norm():
+    report = l1inf.sparsity_report(PARAMS)
+    assert [layer.path for layer in report.layers] == ["hidden", "readout"]
+    assert [layer.columns_on_boundary for layer in report.layers] == [1, 3]
+    assert [layer.shape for layer in report.layers] == [(4, 4), (3, 3)]
+    assert report.layers[0].below_threshold is None
+
+
+def test_the_total_adds_counts_and_takes_the_largest_norm():
+    total = l1inf.sparsity_report(PARAMS, threshold=1e-3).total
+    assert (total.entries, total.zeros, total.below_threshold) == (25, 13, 14)
+    assert (total.largest_norm, total.columns, total.inputs) == (2.0, 7, 5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_projected_columns_are_on_the_boundary(dtype):
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(40, 9)), dtype)
+    params = l1inf.project_params({"kernel": kernel.at[:, 0].multiply(1e-3)}, 0.7)
+    (layer,) = l1inf.sparsity_report(params, c=0.7).layers
+    assert layer.columns_on_boundary == 8
+
+
+def test_convolutions_and_stacked_layers_are_matrices():
+    conv = {"kernel": jnp.zeros((3, 3, 2, 4)).at[:, :, 1].set(1.0), "bias": jnp.zeros(4)}
+    stacked = {"kernel": jnp.ones((5, 2, 3)), "bias": jnp.zeros((5, 3))}
+    first, second = l1inf.sparsity_report({"a": conv, "b": stacked}).layers
+    assert (first.shape, first.inputs, first.unused_inputs) == ((19, 4), 18, 9)
+    assert (second.shape, second.columns, second.inputs) == ((5, 3, 3), 15, 10)
+
+
+def test_it_prints_as_an_aligned_table():
+    lines = str(l1inf.sparsity_report(PARAMS, threshold=1e-3)).splitlines()
+    assert "below 0.001" in lines[0]
+    assert [line.split()[0] for line in lines[2:4]] == ["hidden", "readout"]
+    assert "4 x 4  62.50%       68.75%" in lines[2]
+    ends = {len(line) for line in lines}
+    assert len(ends) == 1, "the last column is flush right"
+
+
+def test_it_renders_as_one_html_table_with_names_escaped():
+    class Cells(html.parser.HTMLParser):
+        cells = 0
+
+        def handle_starttag(self, tag, attrs):
+            self.cells += tag in ("td", "th")
+
+    params = {"<script>": PARAMS["hidden"]}
+    text = l1inf.sparsity_report(params)._repr_html_()
+    parser = Cells()
+    parser.feed(text)
+    assert parser.cells == 3 * 7
+    assert "<script>" not in text
+    assert "&lt;script&gt;" in text
+
+
+def test_a_layer_of_the_network_that_was_trained_is_reported_as_it_is():
+    model = l1inf.linen.AugmentedMLP((30, 5))
+    params = model.init(jax.random.key(0), jnp.ones((1, 20)))
+    params = l1inf.project_params(params, {"hidden_*": 0.2})
+    kernel = np.asarray(params["params"]["hidden_0"]["augmented_kernel"])
+    (layer,) = l1inf.sparsity_report(params, c={"hidden_*": 0.2}).layers
+    assert layer.zeros == np.count_nonzero(kernel == 0) > 0
+    assert layer.largest_norm == pytest.approx(0.2, rel=1e-6)
+
+
+def test_an_unknown_pattern_is_an_error():
+    with pytest.raises(ValueError, match="matches nothing"):
+        l1inf.sparsity_report(PARAMS, c={"hiden": 1.0})
