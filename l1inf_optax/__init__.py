@@ -1,1 +1,44 @@
-"""Neural networks whose weights live inside an L1,inf ball."""
+"""Neural networks whose weights live inside an L1,inf ball.
+
+The public names are here and nothing else. The Flax modules, `l1inf_optax.linen` and
+`l1inf_optax.nnx`, and everything heavier than jax and optax are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from l1inf_optax._layers import LayerDimensionNumbers, convert_params
+from l1inf_optax._projection import l1inf_norm, projection_l1inf_ball
+from l1inf_optax._transform import (
+    KeepParamsInL1InfBallState,
+    keep_params_in_l1inf_ball,
+    project_params,
+)
+
+if TYPE_CHECKING:
+    from l1inf_optax import linen, nnx, plotting
+
+__all__ = [
+    "KeepParamsInL1InfBallState",
+    "LayerDimensionNumbers",
+    "convert_params",
+    "keep_params_in_l1inf_ball",
+    "l1inf_norm",
+    "linen",
+    "nnx",
+    "plotting",
+    "project_params",
+    "projection_l1inf_ball",
+]
+
+_SUBMODULES = ("linen", "nnx", "plotting")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,220 @@
+"""The optax transformations: the only place with optimizer state.
+
+An optimizer proposes the update u; the parameters would become ``v = p + u``. What is wanted is
+``w``, the projection of v, and what must be returned is an update u' with ``p + u' = w``. In
+floating point there may be no such u'. The one that is returned lands on w or, where it must, next
+to it on the side of zero: no column grows, and an exact zero of w is one of the parameters.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from l1inf_optax import _layers
+from l1inf_optax._layers import Layers, Radii, Radius
+from l1inf_optax._projection import METHODS, Arrays, Axes, Pair, project_columns, round_to
+
+Projection = Callable[[Arrays, ArrayLike, Axes], Arrays]
+
+
+class KeepParamsInL1InfBallState(NamedTuple):
+    """State of :func:`keep_params_in_l1inf_ball`.
+
+    Attributes:
+        step: int32 scalar, the number of updates so far: the step a schedule for ``c`` reads.
+    """
+
+    step: jax.Array
+
+
+def keep_params_in_l1inf_ball(
+    c: Radii, *, layers: Layers = None, method: str = "newton"
+) -> optax.GradientTransformation:
+    r"""Modifies the updates so that every column stays in the L1 ball of radius ``c``.
+
+    After `optax.apply_updates` every constrained layer's augmented matrix (bias and weights
+    together) satisfies :math:`\|V\|_{1,\infty} \le c`, in float32, bfloat16 and float16 alike,
+    without a tolerance. It is the Euclidean projection of what the update would have made of the
+    parameters: projected gradient descent, Algorithm 1 of Wen et al. A column that stays inside
+    the ball anyway keeps its update bit for bit.
+
+    .. warning::
+        This must be the last transformation in a chain. Whatever comes after it changes the
+        updates again, and the parameters are neither feasible nor sparse any more.
+
+    .. warning::
+        The Euclidean projection belongs to SGD and momentum. After Adam and other optimizers that
+        scale coordinates one by one it still gives feasible parameters, but it can take away most
+        of what the step has learned.
+
+    The parameters should start in the ball: see :func:`project_params`. If they do not, the first
+    update takes them there.
+
+    Args:
+        c: The normalization constant: a number; an optax schedule, from the number of updates so
+            far to a number; or a mapping from globs over the layers' paths to one of these or
+            None. The first match wins; None, like no match, leaves a layer free. A plain number
+            constrains every layer, the output layer too, which the paper leaves free:
+            ``c={"hidden_*": 1.0}`` does not.
+        layers: Which leaves make one augmented matrix. ``None`` finds the layers of Flax (Linen and
+            NNX), Haiku, Equinox and this library by their names; anything else is said with
+            :class:`LayerDimensionNumbers`: a mapping from globs over the leaves' paths, a pytree,
+            or a function from the parameters to either.
+        method: As in :func:`projection_l1inf_ball`.
+
+    Returns:
+        A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less
+        precise than their parameters are returned in the parameters' dtype, without which no exact
+        zero could be reached.
+
+    Raises:
+        ValueError: ``c`` is not positive or ``method`` unknown; and, from ``init`` and ``update``,
+            a pattern matches nothing, there is no layer to constrain, the axes of one cannot be
+            told, or ``params`` are missing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
+        >>> model = l1inf.linen.AugmentedMLP((32, 10))
+        >>> params = model.init(jax.random.key(0), jnp.ones((1, 8)))
+        >>> tx = optax.chain(
+        ...     optax.sgd(0.1, momentum=0.9), l1inf.keep_params_in_l1inf_ball({"hidden_*": 1.0})
+        ... )
+        >>> state = tx.init(params)
+        >>> grads = jax.grad(lambda p: jnp.sum(model.apply(p, jnp.ones((1, 8)))))(params)
+        >>> updates, state = tx.update(grads, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> l1inf.l1inf_norm(params["params"]["hidden_0"]["augmented_kernel"])
+        Array(1., dtype=float32)
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    project = functools.partial(project_columns, method=method)
+    return _keep_params_in_ball(project, c, layers)
+
+
+def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
+    """Projects parameters once, for instance freshly initialised ones.
+
+    Args:
+        params: Pytree of parameters, floating-point.
+        c: As in :func:`keep_params_in_l1inf_ball`; a schedule is read at step 0.
+        layers: As in :func:`keep_params_in_l1inf_ball`.
+
+    Returns:
+        The parameters, every constrained layer projected, everything else untouched.
+
+    Raises:
+        ValueError: as :func:`keep_params_in_l1inf_ball`.
+
+    Example:
+        >>> import jax.numpy as jnp, l1inf_optax as l1inf
+        >>> params = {"hidden": {"kernel": jnp.array([[2.0], [1.0]]), "bias": jnp.array([-1.0])}}
+        >>> l1inf.project_params(params, 2.5)["hidden"]["bias"]
+        Array([-0.5], dtype=float32)
+    """
+    _layers.check_radii(c)
+    leaves, structure = _layers.flatten(params)
+    for layer, radius in _layers.constrained_layers(params, c, layers):
+        columns = layer.columns(leaves)
+        layer.put(project_columns(columns, _at(radius, 0), layer.reduction_axes), leaves)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _keep_params_in_ball(
+    project: Projection, c: Radii, layers: Layers
+) -> optax.GradientTransformation:
+    """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
+    _layers.check_radii(c)
+
+    def init_fn(params: Any) -> KeepParamsInL1InfBallState:
+        _layers.constrained_layers(params, c, layers)
+        return KeepParamsInL1InfBallState(step=jnp.zeros([], jnp.int32))
+
+    def update_fn(
+        updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
+    ) -> tuple[Any, KeepParamsInL1InfBallState]:
+        if params is None:
+            raise ValueError(
+                "params=None: the projection needs the parameters the updates will be added to. "
+                "Call update(updates, state, params)"
+            )
+        leaves, structure = _layers.flatten(updates)
+        params_leaves, params_structure = _layers.flatten(params)
+        if len(leaves) != len(params_leaves):
+            raise ValueError(
+                f"updates, {structure}, are not of one structure with params, {params_structure}"
+            )
+        for layer, radius in _layers.constrained_layers(params, c, layers):
+            ps, us = layer.columns(params_leaves), layer.columns(leaves)
+            vs = tuple(map(_stepped, ps, us))
+            ws = project(vs, _at(radius, state.step), layer.reduction_axes)
+            layer.put(tuple(map(_landing_update, ps, us, vs, ws)), leaves)
+        step = optax.safe_increment(state.step)
+        return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _at(radius: Radius, step: ArrayLike) -> ArrayLike:
+    return radius(step) if callable(radius) else radius
+
+
+@jax.custom_jvp
+@jax.jit
+def _stepped(p: jax.Array, u: jax.Array) -> jax.Array:
+    """The bits that `optax.apply_updates` makes of p and u, whatever the compiler does here.
+
+    Left to itself it may fuse p + u with the product u comes from, rounding once where the real sum
+    rounds twice, or keep a 16-bit sum in 32. Clipping u to finite numbers stops the one, saying how
+    to round stops the other.
+    """
+    dtype = jnp.result_type(p, u, jnp.float32)
+    info = jnp.finfo(dtype)
+    exact = round_to(u.astype(dtype), u.dtype)
+    finite = p.astype(dtype) + jnp.clip(exact, info.min, info.max)
+    total = jnp.where(jnp.isinf(exact), exact, finite)
+    return round_to(total, p.dtype).astype(p.dtype)
+
+
+@_stepped.defjvp
+def _stepped_jvp(primals: Arrays, tangents: Arrays) -> Pair:
+    (p, u), (dp, du) = primals, tangents
+    return _stepped(p, u), dp + du.astype(dp.dtype)
+
+
+@jax.custom_jvp
+@jax.jit
+def _landing_update(p: jax.Array, u: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
+    """The update that takes p to w = proj(v), or next to it on the side of zero.
+
+    The difference w - p is rounded, by half a unit in its last place; so one unit towards zero, the
+    sum cannot round to beyond w. If that crosses zero, w is within a unit of p's last place of it,
+    and zero is where the parameter goes: p - p is exact.
+    """
+    dtype = jnp.result_type(p, u)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    p_, w_ = p.astype(wide), w.astype(wide)
+
+    def lands(step: jax.Array) -> jax.Array:
+        x = _stepped(p, step).astype(wide)
+        return jnp.where(w_ > 0, (x >= 0) & (x <= w_), (x <= 0) & (x >= w_))
+
+    nearest = round_to(w_ - p_, dtype)
+    shorter = round_to(nearest - jnp.sign(w_) * jnp.abs(nearest) * jnp.finfo(dtype).eps, dtype)
+    nearest, shorter = nearest.astype(dtype), shorter.astype(dtype)
+    step = jnp.where(lands(shorter), shorter, (-p).astype(dtype))
+    step = jnp.where(lands(nearest) | jnp.isnan(w), nearest, step)
+    return jnp.where(v == w, round_to(u.astype(wide), u.dtype).astype(dtype), step)
+
+
+@_landing_update.defjvp
+def _landing_update_jvp(primals: Arrays, tangents: Arrays) -> Pair:
+    p, u, v, w = primals
+    dp, _, _, dw = tangents
+    update = _landing_update(p, u, v, w)
+    return update, (dw - dp).astype(update.dtype)
