@@ -179,7 +179,7 @@ def _matrix(augmented_kernel: ArrayLike) -> NDArray[np.float64]:
 def _limit(weights: NDArray[np.float64]) -> float:
     # A single large weight must not bleach the others, so the scale ends at the 99.5th percentile
     # of what is not zero, and what lies beyond takes the colour of the end.
-    nonzero = np.abs(weights[weights != 0])
+    nonzero = np.abs(weights[np.isfinite(weights) & (weights != 0)])
     return float(np.percentile(nonzero, 99.5)) if nonzero.size else 1.0
 
 

@@ -58,6 +58,11 @@ def test_exact_zeros_are_drawn_in_the_colour_of_the_middle():
     assert min(colors) > 0.95
 
 
+def test_a_diverged_network_can_be_drawn():
+    image, _ = shown(plotting.plot_weight_matrix(np.full((7, 4), np.nan)))
+    assert np.isfinite(image.get_clim()).all()
+
+
 @pytest.mark.parametrize("plot", [plotting.plot_weight_matrix, plotting.plot_receptive_fields])
 @pytest.mark.parametrize("array", [np.zeros(7), np.zeros((7, 2, 2))])
 def test_an_array_that_is_no_matrix_is_refused(plot, array):

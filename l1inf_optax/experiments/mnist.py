@@ -148,7 +148,7 @@ def _train(
 ) -> Params:
     epochs, batch_size = settings["epochs"], settings["batch_size"]
     steps = epochs * steps_per_epoch(len(digits.y_train), batch_size)
-    with report.TrainingBar(console, steps) as bar:
+    with report.training_bar(console, steps) as watch:
         return train(
             make_task(settings["optimizer"], settings["learning_rate"], steps),
             lanes,
@@ -156,7 +156,7 @@ def _train(
             epochs=epochs,
             batch_size=batch_size,
             seed=settings["seed"],
-            watch=bar.watch,
+            watch=watch,
         ).params
 
 

@@ -3,7 +3,8 @@
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from l1inf_optax.experiments.training import Lane
-from l1inf_optax.experiments.training import Progress as TrainingProgress
+from l1inf_optax.experiments import training
 
 COLUMNS = {
     "train_error": ("train err", "{:.3f}"),
@@ -29,40 +29,32 @@ COLUMNS = {
 PACKAGES = ("l1inf-optax", "jax", "jaxlib", "optax", "flax", "numpy")
 
 
-class TrainingBar:
-    """A progress bar over the minibatches of a run, with the latest loss and sparsity.
+@contextmanager
+def training_bar(console: Console, steps: int) -> Iterator[Callable[[training.Progress], None]]:
+    """A progress bar over ``steps`` minibatches, with the latest loss and exact zeros.
 
-    Use it as a context manager, and its `watch` as the ``watch`` of `training.train`.
+    Yields:
+        The ``watch`` for `training.train`. It shows the range over all networks.
     """
+    columns = (
+        BarColumn(bar_width=20),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("loss {task.fields[loss]}, zeros {task.fields[zeros]} %"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=steps, loss="-", zeros="-")
 
-    def __init__(self, console: Console, steps: int):
-        self._bar = Progress(
-            BarColumn(bar_width=20),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]}, zeros {task.fields[zeros]} %"),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-        )
-        self._task = self._bar.add_task("", total=steps, loss="-", zeros="-")
+        def watch(progress: training.Progress) -> None:
+            loss, zeros = _range(progress.loss, "{:.3f}"), _range(progress.sparsity, "{:.0f}")
+            bar.update(task, completed=progress.step, loss=loss, zeros=zeros)
 
-    def __enter__(self) -> "TrainingBar":
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def watch(self, progress: TrainingProgress) -> None:
-        """Advance; show the range over the networks of loss and exact zeros."""
-        self._bar.update(
-            self._task,
-            completed=progress.step,
-            loss=_range(progress.loss, "{:.3f}"),
-            zeros=_range(progress.sparsity, "{:.0f}"),
-        )
+        yield watch
 
 
-def rows(lanes: Sequence[Lane], measured: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def rows(
+    lanes: Sequence[training.Lane], measured: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
     """One row per c: means and standard deviations over its trials.
 
     Args:

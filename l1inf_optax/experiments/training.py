@@ -277,7 +277,11 @@ def hold_zeros(from_step: int) -> optax.GradientTransformation:
 def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     trials = jnp.array([lane.trial for lane in lanes])
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
-    return keys, trials, jnp.array([lane.c for lane in lanes], jnp.float32)
+    # Rounded down: a column within the float32 radius is then within c itself.
+    c = np.array([lane.c for lane in lanes])
+    nearest = c.astype(np.float32)
+    radii = np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest)
+    return keys, trials, jnp.asarray(radii)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -130,6 +130,17 @@ def test_each_trial_can_have_its_own_data():
     np.testing.assert_allclose(errors, expected, rtol=1e-4)
 
 
+def test_no_radius_is_rounded_up():
+    radii = [0.1, 0.3, 0.7, 1.0, 1e-3, 1e10]
+    task = TASK._replace(
+        init=lambda key, c: {"w": c * jnp.ones(D)}, optimizer=lambda c: optax.sgd(0.0)
+    )
+    trained = train(task, [Lane(0, c) for c in radii], SHARED, **OPTIONS)
+    got = np.asarray(trained.params["w"][:, 0], np.float64)
+    assert (got <= radii).all()
+    np.testing.assert_allclose(got, radii, rtol=2e-7)
+
+
 def test_whoever_watches_hears_every_call():
     heard = []
     trained = train(TASK, LANES, SHARED, watch=heard.append, **OPTIONS)
