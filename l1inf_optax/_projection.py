@@ -35,11 +35,12 @@ Pair = tuple[jax.Array, jax.Array]
 
 METHODS = ("newton", "sort")
 
-# Newton's method on a piecewise linear function takes 3 to 8 passes on real data, but there are
-# columns on which every pass drops a single entry. After this many passes it alternates with
-# bisection, which needs at most log2(n / eps) more.
-_NEWTON_PASSES = 16
-_PASSES = 160
+# Every pass of Newton's method divides excess times slope by four or more, and their product
+# starts below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000; real
+# data takes 3 to 8. Rounding has no such theorem: past this number of passes every other one
+# bisects, and the search ends after `_PASSES`, with a feasible column, whatever happens.
+_NEWTON_PASSES = 24
+_PASSES = 128
 _BLOCK = 32
 
 
@@ -256,6 +257,10 @@ def _block_sum(x: jax.Array, axis: int) -> jax.Array:
     return _block_sum(blocks, axis) + rest
 
 
+def _length(parts: Arrays, axes: Axes) -> int:
+    return sum(math.prod(part.shape[axis] for axis in axes) for part in parts)
+
+
 def _depth(parts: Arrays, axes: Axes) -> int:
     """How many roundings an entry may meet in `_total`."""
 
@@ -418,6 +423,7 @@ def _weigh(a: Arrays, largest: jax.Array, metric: Arrays, axes: Axes) -> tuple[A
     d = tuple(x / most for x in d)
     unit = jnp.where(largest > 0, largest, 1)
     heaviest = _max(tuple(x / unit * y for x, y in zip(a, d, strict=True)), axes)
+    heaviest = jnp.maximum(heaviest, info.tiny)
     d = tuple(jnp.clip(x / heaviest, 2.0**-100, 2.0**100) for x in d)
     # The minimum keeps the compiler from fusing this product into an addition that follows: it
     # would round once where another copy of the same product rounds twice.
@@ -451,17 +457,18 @@ class _Search(NamedTuple):
 def _inside(columns: _Columns, axes: Axes) -> jax.Array:
     """Whether a column is in its ball, decided exactly: three layers of bits, two without rounding.
 
-    An excess below 2^-60 c does not count: a sum in float64 cannot see it either.
+    A float32 column whose norm, rounded to float64, is c counts as inside.
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
-    n = sum(math.prod(x.shape[axis] for axis in axes) for x in columns.magnitude)
+    n = _length(columns.magnitude, axes)
     fine = eps * eps * 2.0 ** math.ceil(math.log2(max(n, 2)) - 1)
     magnitude = tuple(jnp.minimum(x, 4) for x in columns.magnitude)  # 4 > c is outside by itself
     coarse, rest = _layer(magnitude, eps, axes)
     middle, rest = _layer(rest, fine, axes)
     excess = functools.reduce(jnp.subtract, columns.c_rest, (coarse - columns.c) + middle)
     excess += _total(rest, axes) * (1 + _depth(magnitude, axes) * eps)
-    return columns.free | ((excess <= eps * eps * 2.0**-14) & ~columns.outside)
+    unseen = 2.0**-53 * (1 - 2.0**-10) if eps > 2.0**-52 else 0.0
+    return columns.free | ((excess <= unseen) & ~columns.outside)
 
 
 def _survivors(columns: _Columns, theta: Pair) -> Arrays:
@@ -481,19 +488,35 @@ def _slope(columns: _Columns, survivors: Arrays, axes: Axes) -> jax.Array:
 
 def _lower_bound(columns: _Columns, axes: Axes) -> jax.Array:
     """A threshold left of the root: no survivor is above c, nor is their mean above c / n."""
-    c = columns.c * (1 + 2.0**-18)  # so that rounding cannot take it to the right
+    eps = float(jnp.finfo(columns.c.dtype).eps)
+    c = columns.c * (1 + 2.0**-18)  # so that rounding cannot take the bounds to the right
     if columns.slope is not None:
-        lone = tuple(x - c / g for x, g in zip(columns.key, columns.slope, strict=True))
+        lone = tuple(
+            x - jnp.abs(x) * (4 * eps) - c / g
+            for x, g in zip(columns.key, columns.slope, strict=True)
+        )
         bound = _max(lone, axes, initial=-jnp.inf)
-        return jnp.where(columns.lowered, bound, jnp.maximum(bound, 0))
-    n = sum(math.prod(x.shape[axis] for axis in axes) for x in columns.key)
-    mean = (_total(columns.magnitude, axes) - c) / max(n, 1)
-    return jnp.where(
-        columns.lowered, columns.top - c, jnp.maximum(jnp.maximum(columns.top - c, mean), 0)
-    )
+    else:
+        down = 1 - (_depth(columns.key, axes) + 4) * eps
+        mean = (_total(columns.magnitude, axes) * down - c) / max(_length(columns.key, axes), 1)
+        bound = jnp.maximum(columns.top - c, jnp.where(columns.lowered, -jnp.inf, mean))
+    return jnp.where(columns.lowered, bound, jnp.maximum(bound, 0))
 
 
-def _newton(columns: _Columns, start: jax.Array, axes: Axes) -> Pair:
+def _threshold(
+    columns: _Columns, inside: jax.Array, axes: Axes, method: str
+) -> tuple[Pair, jax.Array]:
+    """The threshold of every column outside its ball, and how many were tried to find it."""
+    low = _lower_bound(columns, axes)
+    if method == "sort":
+        start, passes = _sort(columns, axes), jnp.int32(0)
+    else:
+        start, passes = _newton(columns, jnp.where(inside, columns.top, low), axes)
+    search = _certify(columns, start, low, inside, axes)
+    return search.high, passes + search.passes
+
+
+def _newton(columns: _Columns, start: jax.Array, axes: Axes) -> tuple[Pair, jax.Array]:
     """Newton's method with ordinary sums, up to a thousandth of c from the root."""
 
     def unfinished(carry: tuple[Pair, jax.Array, jax.Array]) -> jax.Array:
@@ -510,7 +533,8 @@ def _newton(columns: _Columns, start: jax.Array, axes: Axes) -> Pair:
 
     theta = start, jnp.zeros_like(start)
     carry = theta, jnp.full_like(start, jnp.inf), jnp.int32(0)
-    return lax.while_loop(unfinished, step, carry)[0]
+    theta, _, passes = lax.while_loop(unfinished, step, carry)
+    return theta, passes
 
 
 def _sort(columns: _Columns, axes: Axes) -> Pair:
@@ -520,23 +544,27 @@ def _sort(columns: _Columns, axes: Axes) -> Pair:
         order = jnp.argsort(-key)
         mu, g = key[order], slope[order]
         theta = (jnp.cumsum(g * mu) - c) / jnp.cumsum(g)
-        p = jnp.max(jnp.where(mu > theta, jnp.arange(len(mu)), 0))
-        return theta[p]
+        p = jnp.cumprod(mu > theta).sum()
+        return theta[p - 1]
 
     def rows(parts: Arrays) -> jax.Array:
         last = tuple(range(-len(axes), 0))
         moved = (jnp.moveaxis(x, axes, last) for x in parts)
-        return jnp.concatenate([x.reshape(columns.c.size, -1) for x in moved], axis=1)
+        return jnp.concatenate(
+            [x.reshape(columns.c.size, math.prod(x.shape[-len(axes) :])) for x in moved], axis=1
+        )
 
     keys = rows(columns.key)
-    if keys.shape[1] == 0:
+    if keys.size == 0:
         return jnp.zeros_like(columns.c), jnp.zeros_like(columns.c)
     slopes = jnp.ones_like(keys) if columns.slope is None else rows(columns.slope)
     theta = jax.vmap(threshold)(keys, slopes, columns.c.reshape(-1)).reshape(columns.c.shape)
     return theta, jnp.zeros_like(theta)
 
 
-def _certify(columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, axes: Axes) -> Pair:
+def _certify(
+    columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, axes: Axes
+) -> _Search:
     """The smallest threshold, but for rounding, whose rounded result is in the ball.
 
     Newton's method on the exact sum of the result as it will be stored. It normally ends at the
@@ -545,7 +573,7 @@ def _certify(columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, 
     """
     info = jnp.finfo(columns.c.dtype)
     coarsest = max((jnp.finfo(dtype) for dtype in columns.dtypes), key=lambda f: f.eps)
-    n = sum(math.prod(x.shape[axis] for axis in axes) for x in columns.key)
+    n = _length(columns.key, axes)
     # How far below c a result may end: a few units in the last place, and what is lost where
     # float16 runs out of exponents. Aiming `aim` below c makes the next pass the last.
     quantum = float(coarsest.smallest_subnormal) * n * columns.scale[0] * columns.scale[1]
@@ -561,12 +589,18 @@ def _certify(columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, 
         slope = _slope(columns, survivors, axes)
         feasible = excess <= 0
         done = search.done | (feasible & (excess >= -slack)) | jnp.isnan(excess)
-        high = _choose(feasible & ~search.done, search.trial, search.high)
-        low = _choose(feasible | search.done, search.low, search.trial)
-        newton = _shift(search.trial, (excess + aim) / slope)
+        closer = ~search.done & (_gap(search.trial, search.low) > 0)
+        low = _choose(closer & ~feasible, search.trial, search.low)
+        closer = ~search.done & (_gap(search.high, search.trial) > 0)
+        high = _choose(closer & feasible, search.trial, search.high)
+        # Entries that tie round alike, so a step may change nothing: try one twice as long.
+        longer = jnp.where(
+            feasible, 1.0, jnp.exp2(jnp.minimum(search.passes, 20).astype(info.dtype))
+        )
+        newton = _shift(search.trial, longer * (excess + aim) / slope)
         between = (_gap(newton, low) > 0) & (_gap(high, newton) > 0)
         bisect = (search.passes >= _NEWTON_PASSES) & (search.passes % 2 == 1)
-        middle = _shift((low[0] / 2 + high[0] / 2, low[1] / 2), high[1] / 2)
+        middle = _shift(low, _gap(high, low) / 2)
         trial = _choose(between & ~bisect, newton, middle)
         return _Search(_choose(done, high, trial), low, high, done, search.passes + 1)
 
@@ -574,7 +608,7 @@ def _certify(columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, 
     high = columns.top + (columns.c - columns.c), zero  # NaN if c is
     done = inside | jnp.isnan(high[0]) | (columns.c == 0)
     search = _Search(_choose(done, high, trial), (low, zero), high, done, jnp.int32(0))
-    return lax.while_loop(unfinished, step, search).high
+    return lax.while_loop(unfinished, step, search)
 
 
 def _excess(columns: _Columns, survivors: Arrays, axes: Axes) -> jax.Array:
@@ -642,12 +676,8 @@ def _choose(condition: jax.Array, a: Pair, b: Pair) -> Pair:
 def _solve(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, method: str) -> Arrays:
     columns = _columns(parts, c, metric, axes)
     inside = _inside(columns, axes)
-    low = _lower_bound(columns, axes)
-    if method == "sort":
-        trial = _sort(columns, axes)
-    else:
-        trial = _newton(columns, jnp.where(inside, columns.top, low), axes)
-    survivors = _survivors(columns, _certify(columns, trial, low, inside, axes))
+    theta, _ = _threshold(columns, inside, axes, method)
+    survivors = _survivors(columns, theta)
     results = []
     for part, survivor in zip(parts, survivors, strict=True):
         w = survivor * columns.unscale[0] * columns.unscale[1]
