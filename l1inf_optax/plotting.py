@@ -38,9 +38,11 @@ def plot_weight_matrix(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
         >>> import numpy as np
         >>> from l1inf_optax import plotting
-        >>> ax = plotting.plot_weight_matrix(np.eye(5, 3), columns=2)
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_weight_matrix(np.eye(5, 3), ax, columns=2)
         >>> ax.get_xlabel(), ax.images[0].get_array().shape
         ('hidden unit', (5, 2))
     """
@@ -79,9 +81,11 @@ def plot_receptive_fields(
     Example:
         >>> import matplotlib
         >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
         >>> import numpy as np
         >>> from l1inf_optax import plotting
-        >>> ax = plotting.plot_receptive_fields(np.ones((1 + 6, 4)), (2, 3))
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_receptive_fields(np.ones((1 + 6, 4)), (2, 3), ax)
         >>> ax.images[0].get_array().shape  # 2 x 2 pictures of 2 x 3 pixels, 1 pixel apart
         (5, 7)
     """

@@ -34,7 +34,8 @@ OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransform
 
 Params = Any
 Data = tuple[ArrayLike, ArrayLike]
-Metric = Callable[[jax.Array, jax.Array], jax.Array]
+Apply = Callable[[Params, jax.Array], Any]
+Metric = Callable[[Any, jax.Array], jax.Array]
 
 
 class Lane(NamedTuple):
@@ -60,7 +61,7 @@ class Task(NamedTuple):
     """
 
     init: Callable[[jax.Array, jax.Array], Params]
-    apply: Callable[[Params, jax.Array], jax.Array]
+    apply: Apply
     loss: Metric
     optimizer: Callable[[jax.Array], optax.GradientTransformation]
 
@@ -175,7 +176,7 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def evaluate(
-    apply: Callable[[Params, jax.Array], jax.Array],
+    apply: Apply,
     metrics: Mapping[str, Metric],
     params: Params,
     lanes: Sequence[Lane],
