@@ -1,0 +1,79 @@
+"""The command ``python -m l1inf_optax.experiments NAME``.
+
+An experiment is a module of this package, named like its command (``select-c`` lives in
+``select_c.py``), with two functions:
+
+- ``add_arguments(parser)`` declares its options;
+- ``run(args)`` does the work.
+
+A new one is one more line in `EXPERIMENTS`.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from l1inf_optax.experiments.data import DataError
+from l1inf_optax.experiments.options import OptionError
+
+PROGRAM = "python -m l1inf_optax.experiments"
+
+EXPERIMENTS = {
+    "mnist": "handwritten digits with a 784-900-10 network (Section 5.5, Table 3)",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one experiment.
+
+    Args:
+        argv: the arguments, without the program's name; those of the process by default.
+
+    Returns:
+        0 on success. Wrong options, bad data and missing packages end in one line on standard
+        error and ``SystemExit(2)``, as `argparse` has it.
+    """
+    try:
+        args = _parse(argv)
+        args.run(args)
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.split(".")[0] == "l1inf_optax":
+            raise
+        _fail(f"needs the package '{error.name}': pip install \"l1inf-optax[experiments]\"")
+    except (DataError, OptionError) as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Tables and figures of 'Sparse deep neural networks using L1,inf-weight "
+        "normalization', one command each.",
+        epilog=f"'{PROGRAM} NAME --help' lists the options of an experiment.",
+    )
+    commands = parser.add_subparsers(metavar="NAME", required=True)
+    for name, summary in EXPERIMENTS.items():
+        module = importlib.import_module(f"l1inf_optax.experiments.{name.replace('-', '_')}")
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser.parse_args(argv)
+
+
+def _fail(message: str) -> None:
+    print(f"{PROGRAM}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""What the experiments' commands have in common: options, and how a value is checked."""
+
+import argparse
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class OptionError(ValueError):
+    """An option's value that only turns out wrong when it is used, in one sentence."""
+
+
+def positive_int(text: str) -> int:
+    """A whole number from 1 on."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """A whole number from 0 to 2^32 - 1: what a random seed may be."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^32 - 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A positive, finite number."""
+    value = radius(text)
+    if math.isinf(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value
+
+
+def radius(text: str) -> float:
+    """A normalization constant: a positive number, or ``inf`` for no constraint."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number or inf")
+    return value
+
+
+def make_folder(name: str) -> Path:
+    """The folder to write to, made if need be: better before the training than after it.
+
+    Raises:
+        OptionError: if there can be no such folder.
+    """
+    path = Path(name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OptionError(f"--out {name}: {reason}; name another folder") from error
+    return path
+
+
+def add_training_options(
+    parser: argparse.ArgumentParser, defaults: Mapping[str, Any], quick: Mapping[str, Any]
+) -> None:
+    """The options of every experiment that trains networks.
+
+    An option that is not given stays absent from the namespace, so that `settings` can tell a
+    default from a choice.
+
+    Args:
+        parser: the experiment's parser.
+        defaults: the experiment's settings when an option is not given: c, epochs, batch_size,
+            trials, seed.
+        quick: what ``--quick`` takes instead, of these.
+    """
+
+    def add(flag: str, kind: Any, text: str, **more: Any) -> None:
+        default = defaults[flag.removeprefix("--").replace("-", "_")]
+        shown = " ".join(f"{c:g}" for c in default) if isinstance(default, list) else default
+        parser.add_argument(
+            flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **more
+        )
+
+    add("--c", radius, "normalization constants; inf: no constraint", nargs="+", metavar="C")
+    add("--epochs", positive_int, "passes over the training data", metavar="N")
+    add("--batch-size", positive_int, "examples per minibatch", metavar="N")
+    add("--trials", positive_int, "networks to train for every c", metavar="N")
+    add("--seed", natural_int, "of initialisation and minibatches", metavar="N")
+    instead = ", ".join(
+        f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in value)}"
+        if isinstance(value, list)
+        else f"--{name.replace('_', '-')} {value}"
+        for name, value in quick.items()
+    )
+    parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
+
+
+def settings(
+    args: argparse.Namespace, defaults: Mapping[str, Any], quick: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of a run: what was chosen, then what ``--quick`` asks, then the defaults."""
+    chosen = {name: value for name, value in vars(args).items() if name in defaults}
+    return {**defaults, **(quick if args.quick else {}), **chosen}

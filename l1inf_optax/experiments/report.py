@@ -1,0 +1,141 @@
+"""Results for readers (a table) and for programs (JSON), in the columns of the paper's tables."""
+
+import json
+import math
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from l1inf_optax.experiments import training
+
+COLUMNS = {
+    "train_error": ("train err", "{:.3f}"),
+    "test_error": ("test err", "{:.3f}"),
+    "generalization_error": ("gen err", "{:.3f}"),
+    "test_accuracy": ("test acc %", "{:.2f}"),
+    "sparsity": ("zeros %", "{:.1f}"),
+    "sparsity_1e-3": ("<1e-3 %", "{:.1f}"),
+}
+
+PACKAGES = ("l1inf-optax", "jax", "jaxlib", "optax", "flax", "numpy")
+
+
+@contextmanager
+def training_bar(console: Console, steps: int) -> Iterator[Callable[[training.Progress], None]]:
+    """A progress bar over ``steps`` minibatches, with the latest loss and exact zeros.
+
+    Yields:
+        The ``watch`` for `training.train`. It shows the range over all networks.
+    """
+    columns = (
+        BarColumn(bar_width=20),
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("loss {task.fields[loss]}, zeros {task.fields[zeros]} %"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=steps, loss="-", zeros="-")
+
+        def watch(progress: training.Progress) -> None:
+            loss, zeros = _range(progress.loss, "{:.3f}"), _range(progress.sparsity, "{:.0f}")
+            bar.update(task, completed=progress.step, loss=loss, zeros=zeros)
+
+        yield watch
+
+
+def rows(
+    lanes: Sequence[training.Lane], measured: Mapping[str, np.ndarray]
+) -> list[dict[str, Any]]:
+    """One row per c: means and standard deviations over its trials.
+
+    Args:
+        lanes: what was trained.
+        measured: name to ``(lanes,)`` values.
+
+    Returns:
+        Rows in the order in which the lanes first name each c, with the keys c, trials, the names,
+        and std, which holds the names again: the sample standard deviations, 0 for a single trial.
+    """
+    table = []
+    for c in dict.fromkeys(lane.c for lane in lanes):
+        own = np.array([lane.c == c for lane in lanes])
+        values = {name: np.asarray(v, np.float64)[own] for name, v in measured.items()}
+        row: dict[str, Any] = {"c": c, "trials": int(own.sum())}
+        row |= {name: float(v.mean()) for name, v in values.items()}
+        row["std"] = {
+            name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()
+        }
+        table.append(row)
+    return table
+
+
+def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows in the paper's columns, as mean ± standard deviation over the trials."""
+    out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    out.add_column("c", justify="right")
+    names = [name for name in COLUMNS if any(name in row for row in table)]
+    for name in names:
+        out.add_column(COLUMNS[name][0], justify="right")
+    for row in table:
+        cells = ["∞" if math.isinf(row["c"]) else f"{row['c']:g}"]
+        for name in names:
+            number = COLUMNS[name][1].format
+            spread = f"±{number(row['std'][name])}" if row["trials"] > 1 else ""
+            cells.append(number(row[name]) + spread)
+        out.add_row(*cells)
+    console.print(out)
+
+
+def write_json(
+    path: Path, experiment: str, settings: Mapping[str, Any], table: Sequence[Mapping[str, Any]]
+) -> None:
+    """Write settings, versions and rows to ``path``.
+
+    JSON has no word for what is not finite, so ``null`` stands for c = inf, and for the results of
+    a training that diverged.
+
+    Args:
+        path: the file to write.
+        experiment: the command's name.
+        settings: what the run was asked to do.
+        table: rows as `rows` makes them.
+    """
+    document = {
+        "experiment": experiment,
+        "settings": settings,
+        "versions": _versions(),
+        "rows": table,
+    }
+    path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            continue
+    return versions
+
+
+def _range(values: np.ndarray, number: str) -> str:
+    low, high = (number.format(v) for v in (values.min(), values.max()))
+    return low if low == high else f"{low}-{high}"

@@ -1,0 +1,337 @@
+"""The one training loop behind every experiment: many small networks, one compiled step.
+
+A *lane* is one network to train: a trial, which fixes its initialisation and the order of its
+minibatches, and a normalization constant c, which touches neither. So the networks of one trial
+differ in nothing but c. `train` goes like this:
+
+1. initialise all lanes;
+2. cut every epoch into pieces of at most ``steps_per_call`` minibatches;
+3. for each piece call one compiled function, which shuffles by (seed, trial, epoch) and takes the
+   optimizer's step on each of the piece's minibatches, in every lane;
+4. note every lane's mean loss and share of zeros, and tell whoever watches;
+5. return the parameters of all lanes, stacked.
+
+c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
+lane like any other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+# What `--optimizer` may name: a function of the step size, itself a number or an Optax schedule.
+OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": partial(optax.sgd, momentum=0.9, nesterov=True),
+    "adam": optax.adam,
+}
+
+Params = Any
+Data = tuple[ArrayLike, ArrayLike]
+Apply = Callable[[Params, jax.Array], Any]
+Metric = Callable[[Any, jax.Array], jax.Array]
+
+
+class Lane(NamedTuple):
+    """One network to train.
+
+    Attributes:
+        trial: fixes the initial weights and the minibatches, together with the seed.
+        c: the normalization constant, ``inf`` for none.
+    """
+
+    trial: int
+    c: float
+
+
+class Task(NamedTuple):
+    """What is trained: four functions, the same for every lane.
+
+    Attributes:
+        init: ``(key, c) -> params``.
+        apply: ``(params, x) -> outputs``, for a batch of inputs.
+        loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
+        optimizer: ``c -> transformation``, which keeps the lane in its ball. c is traced.
+    """
+
+    init: Callable[[jax.Array, jax.Array], Params]
+    apply: Apply
+    loss: Metric
+    optimizer: Callable[[jax.Array], optax.GradientTransformation]
+
+
+class Progress(NamedTuple):
+    """What one compiled call did: an entry of the history, and news for a progress bar.
+
+    Attributes:
+        step: minibatches taken so far by every lane.
+        loss: ``(lanes,)`` mean training loss over the minibatches of the call.
+        sparsity: ``(lanes,)`` exact zeros after the call, in percent of all parameters.
+    """
+
+    step: int
+    loss: np.ndarray
+    sparsity: np.ndarray
+
+
+class Trained(NamedTuple):
+    """What training leaves behind.
+
+    Attributes:
+        params: the parameters; every leaf has a leading axis of lanes.
+        history: one `Progress` per compiled call.
+    """
+
+    params: Params
+    history: list[Progress]
+
+
+class _State(NamedTuple):
+    """What a lane takes from one step into the next: parameters and optimizer state."""
+
+    params: Params
+    opt_state: optax.OptState
+
+
+def train(
+    task: Task,
+    lanes: Sequence[Lane],
+    data: Data,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    steps_per_call: int = 100,
+    lanes_at_once: int | None = None,
+    watch: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Train every lane by projected gradient descent on minibatches (Algorithm 1 of the paper).
+
+    Args:
+        task: the network, its loss and its optimizer.
+        lanes: the networks to train.
+        data: inputs ``(sets, n, ...)`` and targets ``(sets, n, ...)``: trial ``t`` trains on set
+            ``t % sets``. One set serves all trials; as many sets as trials serve one each.
+        epochs: passes over the data. Each takes ``n // batch_size`` minibatches in a new order and
+            leaves out the remainder, which is another one every time.
+        batch_size: examples per step; the whole set if it has no more.
+        seed: of everything random.
+        steps_per_call: minibatches per compiled call at most, so how often ``watch`` hears.
+        lanes_at_once: how many lanes a step computes together, by `jax.vmap`, while the others
+            wait. By default one on a CPU, where a single lane keeps the cores busy and stays in
+            their cache, and all of them on an accelerator. Equal to rounding either way.
+        watch: called after every compiled call.
+
+    Returns:
+        The trained parameters and the history.
+
+    Raises:
+        ValueError: if there is nothing to do: no lane, no epoch, an empty batch.
+    """
+    x, y = (jnp.asarray(a) for a in data)
+    counts = {"epochs": epochs, "batch_size": batch_size, "steps_per_call": steps_per_call}
+    for name, value in {"the number of lanes": len(lanes), **counts}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: give at least 1")
+    if lanes_at_once is None:
+        lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
+
+    keys, trials, radii = _lane_arrays(lanes, seed)
+    state = _start(task, keys, radii)
+    history = []
+    steps = steps_per_epoch(y.shape[1], batch_size)
+    for epoch in range(epochs):
+        for first in range(0, steps, steps_per_call):
+            last = min(first + steps_per_call, steps)
+            state, losses, zeros = _advance(
+                task,
+                batch_size,
+                lanes_at_once,
+                state,
+                keys,
+                trials,
+                radii,
+                epoch,
+                first,
+                last,
+                x,
+                y,
+            )
+            progress = Progress(epoch * steps + last, np.asarray(losses), np.asarray(zeros))
+            history.append(progress)
+            if watch:
+                watch(progress)
+    return Trained(state.params, history)
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """How many minibatches `train` takes from ``n`` examples: at least one, with all of them."""
+    return max(1, n // batch_size)
+
+
+def evaluate(
+    apply: Apply,
+    metrics: Mapping[str, Metric],
+    params: Params,
+    lanes: Sequence[Lane],
+    data: Data,
+) -> dict[str, np.ndarray]:
+    """Means of ``metrics`` over a data set, for every lane.
+
+    Args:
+        apply: ``(params, x) -> outputs``.
+        metrics: name to ``(outputs, y) -> (n,)``.
+        params: stacked parameters, as `train` returns them.
+        lanes: the lanes, in the same order.
+        data: inputs and targets, laid out as for `train`.
+
+    Returns:
+        ``(lanes,)`` float32 for every name.
+    """
+    x, y = (jnp.asarray(a) for a in data)
+
+    @jax.jit
+    def all_lanes(params: Params, trials: jax.Array, x: jax.Array, y: jax.Array) -> dict:
+        def one(lane: tuple[Params, jax.Array]) -> dict[str, jax.Array]:
+            params, trial = lane
+            own = trial % y.shape[0]
+            outputs = apply(params, x[own])
+            return {name: metric(outputs, y[own]).mean() for name, metric in metrics.items()}
+
+        return jax.lax.map(one, (params, trials))
+
+    means = all_lanes(params, jnp.array([lane.trial for lane in lanes]), x, y)
+    return {name: np.asarray(mean) for name, mean in means.items()}
+
+
+def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
+    """Zeros among all entries of all parameters of one network, in percent.
+
+    Args:
+        params: the parameters of one network.
+        below: 0 counts exact zeros. Otherwise an entry counts if its magnitude is less: 1e-3 is
+            by all signs what the paper's tables count.
+
+    Returns:
+        A float32 scalar, 0 to 100.
+    """
+    entries = jnp.concatenate([jnp.abs(leaf).ravel() for leaf in jax.tree.leaves(params)])
+    return 100.0 * jnp.mean(entries < below if below else entries == 0)
+
+
+def shrink_into_ball(params: Params, c: jax.Array) -> Params:
+    """Scale down each column of every ``augmented_kernel`` that is too long for the ball.
+
+    A start on the boundary with all weights alive. A projection, in contrast, would zero most
+    weights of a random start before any datum has been seen.
+
+    Args:
+        params: freshly initialised parameters; an ``augmented_kernel`` is ``(d_in + 1, d_out)``.
+        c: the radius; ``inf`` scales nothing.
+
+    Returns:
+        The parameters, with column norms of at most c, to rounding.
+    """
+
+    def shrink(path: tuple, leaf: jax.Array) -> jax.Array:
+        if getattr(path[-1], "key", None) != "augmented_kernel":
+            return leaf
+        return leaf * jnp.minimum(1.0, c / jnp.abs(leaf).sum(axis=0))
+
+    return jax.tree_util.tree_map_with_path(shrink, params)
+
+
+def hold_zeros(from_step: int) -> optax.GradientTransformation:
+    """From ``from_step`` on, leave every exact zero of the parameters as it is.
+
+    Minibatch noise lifts entries off zero faster than a decaying step size puts them back. While
+    the ball still shrinks it decides which entries are zero; holding them from then on only fits
+    the others, as the relaxed lasso does. Belongs before the projection, which keeps zeros zero.
+
+    Args:
+        from_step: the first step, counted from 0, that no longer moves zeros.
+
+    Returns:
+        The transformation. Its state counts steps.
+    """
+
+    def init(params: Params) -> optax.ScaleByScheduleState:
+        del params
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: optax.Updates, state: optax.ScaleByScheduleState, params: Params = None
+    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
+        hold = state.count >= from_step
+        held = jax.tree.map(lambda u, p: jnp.where(hold & (p == 0), 0, u), updates, params)
+        return held, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    trials = jnp.array([lane.trial for lane in lanes])
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
+    # Rounded down: a column within the float32 radius is then within c itself.
+    c = np.array([lane.c for lane in lanes])
+    nearest = c.astype(np.float32)
+    radii = np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest)
+    return keys, trials, jnp.asarray(radii)
+
+
+@partial(jax.jit, static_argnums=0)
+def _start(task: Task, keys: jax.Array, radii: jax.Array) -> _State:
+    def one(lane: tuple[jax.Array, jax.Array]) -> _State:
+        key, c = lane
+        params = task.init(jax.random.fold_in(key, 0), c)
+        return _State(params, task.optimizer(c).init(params))
+
+    return jax.lax.map(one, (keys, radii))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _advance(
+    task: Task,
+    batch_size: int,
+    lanes_at_once: int,
+    state: _State,
+    keys: jax.Array,
+    trials: jax.Array,
+    radii: jax.Array,
+    epoch: jax.Array,
+    first: jax.Array,
+    last: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+) -> tuple[_State, jax.Array, jax.Array]:
+    """Minibatches ``first`` to ``last`` of an epoch, in every lane."""
+
+    def one(lane: tuple[_State, jax.Array, jax.Array, jax.Array]) -> tuple:
+        state, key, trial, c = lane
+        update = task.optimizer(c).update
+        n = y.shape[1]
+        order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
+        own = trial % y.shape[0]
+
+        def step(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+            (params, opt_state), total = carry
+            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
+
+            def mean_loss(params: Params) -> jax.Array:
+                return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
+
+            loss, grads = jax.value_and_grad(mean_loss)(params)
+            updates, opt_state = update(grads, opt_state, params)
+            return _State(optax.apply_updates(params, updates), opt_state), total + loss
+
+        # Its bounds are traced: a last piece that is shorter needs no second program.
+        state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
+        return state, total / (last - first), share_of_zeros(state.params)
+
+    return jax.lax.map(one, (state, keys, trials, radii), batch_size=lanes_at_once)
