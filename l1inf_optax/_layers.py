@@ -37,7 +37,7 @@ class LayerDimensionNumbers(NamedTuple):
         >>> import jax.numpy as jnp, l1inf_optax as l1inf
         >>> params = {"proj": {"w_out": jnp.ones((2, 3, 4)), "b_out": jnp.ones(4)}}
         >>> layers = {"*/w_out": l1inf.LayerDimensionNumbers((0, 1), 2, bias="b_out")}
-        >>> l1inf.project_params(params, 3.5, layers=layers)["proj"]["b_out"]
+        >>> l1inf.project_params(params, 3.5, layers=layers)["proj"]["b_out"].round(6)
         Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
     """
 

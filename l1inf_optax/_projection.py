@@ -575,10 +575,10 @@ def _certify(
     coarsest = max((jnp.finfo(dtype) for dtype in columns.dtypes), key=lambda f: f.eps)
     n = _length(columns.key, axes)
     # How far below c a result may end: a few units in the last place, and what is lost where
-    # float16 runs out of exponents. Aiming `aim` below c makes the next pass the last.
+    # float16 runs out of exponents. Aiming half a unit below c makes the next pass the last one.
     quantum = float(coarsest.smallest_subnormal) * n * columns.scale[0] * columns.scale[1]
     slack = (8 if coarsest.eps == info.eps else 2) * float(coarsest.eps) * columns.c + quantum
-    aim = float(info.eps)
+    aim = float(info.eps) / 2
 
     def unfinished(search: _Search) -> jax.Array:
         return ~jnp.all(search.done) & (search.passes < _PASSES)
