@@ -5,10 +5,12 @@ found by the names their libraries give them; anything else is said with dimensi
 """
 
 import fnmatch
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import tree_util
 
 from l1inf_optax._projection import Arrays, Axes, check_radius
@@ -81,11 +83,12 @@ class Layer(NamedTuple):
 
     def columns(self, leaves: Sequence[Any]) -> Arrays:
         """The layer's bias and kernel as arrays that agree in every axis but ``reduction_axes``."""
-        kernel = jnp.asarray(leaves[self.kernel])
-        if self.bias is None:
-            return (kernel,)
+        pieces = [leaves[i] for i in (self.bias, self.kernel) if i is not None]
+        if any(map(_is_empty, pieces)):
+            raise ValueError(f"the layer {self.path!r} has no array: give updates for all of it")
+        *bias, kernel = map(jnp.asarray, pieces)
         shape = tuple(1 if i in self.reduction_axes else n for i, n in enumerate(self.shape))
-        return jnp.asarray(leaves[self.bias]).reshape(shape), kernel
+        return (*(x.reshape(shape) for x in bias), kernel)
 
     def put(self, columns: Arrays, leaves: list[Any]) -> None:
         """Stores what :meth:`columns` gave, in the leaves' own shapes."""
@@ -95,8 +98,13 @@ class Layer(NamedTuple):
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Leaves and structure, None counting as a leaf as it does in `optax.apply_updates`."""
-    return tree_util.tree_flatten(tree, is_leaf=lambda x: x is None)
+    """Leaves and structure, places that hold no array counting as leaves."""
+    return tree_util.tree_flatten(tree, is_leaf=_is_empty)
+
+
+def _is_empty(x: Any) -> bool:
+    """Whether a leaf was filtered out: None, or what `optax.masked` and `optax.partition` put."""
+    return x is None or isinstance(x, optax.MaskedNode)
 
 
 def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tuple[Layer, Radius]]:
@@ -108,26 +116,31 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         layers: As in :func:`find_layers`.
 
     Returns:
-        Pairs of a layer and its radius, a number or a schedule.
+        Pairs of a layer and its radius, a number or a schedule; at least one.
 
     Raises:
-        ValueError: No layer is found, a pattern matches none, or a layer's axes are in doubt.
+        ValueError: No layer is found or constrained, a pattern matches none or comes too late to,
+            or a layer's axes are in doubt.
     """
     found = find_layers(params, layers)
+    if not found:
+        raise ValueError(
+            f"layers={layers!r} finds nothing to constrain. The leaves are: "
+            f"{_listing(path for path, _ in _named_leaves(params))}. Say which of them are "
+            "kernels with layers={glob: LayerDimensionNumbers(...)}"
+        )
+    radii: list[Radius | None] = [c] * len(found)
     if isinstance(c, Mapping):
-        _check_patterns("c", c, [(layer.path, layer.leaf_path) for layer in found])
-        radii = [_first_match(c, layer.path, layer.leaf_path) for layer in found]
-    else:
-        radii = [c] * len(found)
-        if not found:
-            raise ValueError(
-                f"layers={layers!r} finds nothing to constrain. The leaves are: "
-                f"{_listing(path for path, _ in _named_leaves(params))}. Say which of them are "
-                "kernels with layers={glob: LayerDimensionNumbers(...)}"
-            )
+        winners = _first_matches("c", c, [(layer.path, layer.leaf_path) for layer in found])
+        radii = [None if winner is None else c[winner] for winner in winners]
     chosen = [
         (layer, radius) for layer, radius in zip(found, radii, strict=True) if radius is not None
     ]
+    if not chosen:
+        raise ValueError(
+            f"c={c!r} constrains nothing: give a radius to at least one of the layers, "
+            f"{_listing(layer.path for layer in found)}"
+        )
     for layer, _ in chosen:
         check_certain(layer)
     return chosen
@@ -164,10 +177,10 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
         ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
     """
     leaves = _named_leaves(params)
-    if callable(layers):
-        layers = layers(params)
     if layers is None:
         return list(_by_name(leaves))
+    if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
+        layers = layers(params)
     return list(_as_told(leaves, layers))
 
 
@@ -175,12 +188,12 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     return [(_path(keys), leaf) for keys, leaf in flat]
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:
-    return None if leaf is None else jnp.shape(leaf)
+    return None if _is_empty(leaf) else jnp.shape(leaf)
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -191,24 +204,28 @@ def _path(keys: tuple[Any, ...]) -> str:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether the glob fits the path or what follows one of its slashes."""
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*/{pattern}")
+    """Whether the glob is or fits the path, or what follows one of its slashes."""
+    path = f"/{path}"
+    return path.endswith(f"/{pattern}") or fnmatch.fnmatchcase(path, f"*/{pattern}")
 
 
-def _first_match(patterns: Mapping[str, Any], *paths: str) -> Any:
-    for pattern, value in patterns.items():
-        if any(_matches(pattern, path) for path in paths):
-            return value
-    return None
-
-
-def _check_patterns(name: str, patterns: Mapping[str, Any], paths: list[tuple[str, ...]]) -> None:
+def _first_matches(
+    name: str, patterns: Mapping[str, Any], paths: list[tuple[str, ...]]
+) -> list[str | None]:
+    """For each thing, known by one or more paths, the first pattern that matches it, or None."""
+    winners = [
+        next((p for p in patterns if any(_matches(p, path) for path in names)), None)
+        for names in paths
+    ]
     for pattern in patterns:
-        if not any(_matches(pattern, path) for names in paths for path in names):
+        if pattern not in winners:
+            matched = any(_matches(pattern, path) for names in paths for path in names)
+            what = "only what earlier patterns take: put it first" if matched else "nothing"
             raise ValueError(
-                f"{name} has the pattern {pattern!r}, which matches nothing. "
+                f"{name} has the pattern {pattern!r}, which matches {what}. "
                 f"There are: {_listing(names[0] for names in paths)}"
             )
+    return winners
 
 
 def _listing(paths: Iterator[str]) -> str:
@@ -219,20 +236,10 @@ def _listing(paths: Iterator[str]) -> str:
 
 
 def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
-    def is_numbers(x: Any) -> bool:
-        return x is None or hasattr(x, "reduction_axis")
-
-    if isinstance(layers, Mapping) and all(is_numbers(value) for value in layers.values()):
-        _check_patterns("layers", layers, [(path,) for path, _ in leaves])
-        told = {path: _first_match(layers, path) for path, _ in leaves}
-    else:
-        flat, _ = tree_util.tree_flatten_with_path(layers, is_leaf=is_numbers)
-        told = {_path(keys): numbers for keys, numbers in flat}
-        _check_patterns("layers", told, [(path,) for path, _ in leaves])
     index = {path: i for i, (path, _) in enumerate(leaves)}
-    for i, (path, leaf) in enumerate(leaves):
-        numbers = told.get(path)
-        if numbers is None or leaf is None:
+    for path, numbers in _told(list(index), layers).items():
+        leaf = leaves[index[path]][1]
+        if numbers is None or _is_empty(leaf):
             continue
         shape = jnp.shape(leaf)
         reduction = _normalised(numbers.reduction_axis, shape, path)
@@ -246,11 +253,35 @@ def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
                 raise ValueError(f"layers names the bias {bias_path!r}, which is not in params")
             bias = index[bias_path]
             _check_bias(jnp.shape(leaves[bias][1]), shape, reduction, path)
-        yield Layer(path, i, bias, shape, reduction, output, None, path, False)
+        yield Layer(path, index[path], bias, shape, reduction, output, None, path, False)
+
+
+def _told(paths: list[str], layers: Any) -> dict[str, Any]:
+    """The dimension numbers of each leaf that ``layers`` speaks of, by its path."""
+
+    def is_numbers(x: Any) -> bool:
+        return x is None or hasattr(x, "reduction_axis")
+
+    if isinstance(layers, Mapping) and all(map(is_numbers, layers.values())):
+        winners = _first_matches("layers", layers, [(path,) for path in paths])
+        return {
+            path: layers[winner]
+            for path, winner in zip(paths, winners, strict=True)
+            if winner is not None
+        }
+    flat, _ = tree_util.tree_flatten_with_path(layers, is_leaf=is_numbers)
+    told = {_path(keys): numbers for keys, numbers in flat}
+    for path, numbers in told.items():
+        if path not in paths or not is_numbers(numbers):
+            raise ValueError(
+                f"layers holds {numbers!r} at {path!r}: give dimension numbers or None, in the "
+                f"structure of the parameters. There are: {_listing(iter(paths))}"
+            )
+    return told
 
 
 def _normalised(axis: int | Sequence[int], shape: tuple[int, ...], path: str) -> Axes:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    axes = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
     if any(not -len(shape) <= a < len(shape) for a in axes):
         raise ValueError(f"layers gives {path!r}, shape {shape}, the axes {axes}: out of range")
     return tuple(sorted({a % len(shape) for a in axes}))
@@ -286,6 +317,11 @@ def _by_name(leaves: list[tuple[str, Any]]) -> Iterator[Layer]:
             bias_shape = None if bias is None else _shape(leaves[bias][1])
             if shape is None or len(shape) < 2:
                 continue
+            if bias is not None and isinstance(leaves[bias][1], optax.MaskedNode):
+                raise ValueError(
+                    f"the bias of {leaves[kernel][0]!r} is masked and its kernel is not: put both "
+                    "on the same side of a mask or partition, as they are one column"
+                )
             if axes_of is _units_first and (bias is None or bias_shape == shape):
                 continue  # an embedding, which has no bias at all, not even None; or a norm
             if bias_shape is None:

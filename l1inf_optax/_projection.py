@@ -20,6 +20,7 @@ With a metric d the minimiser of ``sum d (w - v)^2`` is ``sign(v) g max(|v| d - 
 
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,11 +37,13 @@ Pair = tuple[jax.Array, jax.Array]
 METHODS = ("newton", "sort")
 
 # Every pass of Newton's method divides excess times slope by four or more, and their product
-# starts below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000; real
-# data takes 3 to 8. Rounding has no such theorem: past this number of passes every other one
-# bisects, and the search ends after `_PASSES`, with a feasible column, whatever happens.
+# starts below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000, and
+# with a metric as many more as its largest ratio has factors of four; real data takes 3 to 8.
+# Rounding has no such theorem: past this number of passes every other one bisects, and the search
+# ends after `_PASSES`, with a feasible column, whatever happens.
 _NEWTON_PASSES = 24
-_PASSES = 128
+_PASSES = 160
+_LARGEST_WEIGHT = 2.0**60
 _BLOCK = 32
 
 
@@ -93,10 +96,11 @@ def projection_l1inf_ball(
         \operatorname*{argmin}_{W} \; \sum_{ij} d_{ij} (W_{ij} - V_{ij})^2
         \quad \text{subject to} \quad \|W\|_{1,\infty} \le c
 
-    with :math:`d = 1` unless ``metric`` is given. The result is exact to rounding error and
-    feasible without tolerance: the absolute values of a column, added up in float64, are at most
-    ``c``. A column inside the ball is returned bit for bit. Infinite entries take the limit
-    (``k`` of them share ``c`` equally); a NaN makes its own column NaN and no other.
+    with :math:`d = 1` unless ``metric`` is given. The result is exact to rounding error: of ``c``;
+    with a metric, that of a metric whose last bits differ. It is feasible without tolerance: the
+    absolute values of a column, added up in float64, are at most ``c``. A column inside the ball is
+    returned bit for bit. Infinite entries take the limit (``k`` of them share ``c`` equally); a NaN
+    makes its own column NaN and no other.
 
     Differentiable in ``x``, ``c`` and ``metric``, forward and reverse, by differentiating the
     optimality conditions: on the support the tangent minus its mean along the signs.
@@ -110,8 +114,9 @@ def projection_l1inf_ball(
         c: Radius, positive, ``inf`` for no constraint; a scalar or one value for each column
             (the shape of ``x`` without ``axis``).
         axis: The axis or axes a column runs along; every other axis is a column index.
-        metric: ``None`` or the positive weights d, of the shape of ``x``. Only ratios within a
-            column matter, and ratios beyond 2^100 count as 2^100.
+        metric: ``None`` or the weights d, of the shape of ``x``, positive and finite. Only ratios
+            within a column matter. A weight 2^60 times that of the entry with the largest
+            ``d |v|`` counts as that, likewise one so much smaller.
         method: ``"newton"`` or ``"sort"``.
 
     Returns:
@@ -166,6 +171,8 @@ def project_columns(
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    for part in parts:
+        _floating(part, "the array")
     if metric is not None:
         for part, weights in zip(parts, metric, strict=True):
             if weights.shape != part.shape:
@@ -193,7 +200,10 @@ def _floating(x: ArrayLike, name: str = "x") -> jax.Array:
 
 
 def _normalise_axes(axis: int | Sequence[int], ndim: int) -> Axes:
-    given = (axis,) if isinstance(axis, (int, np.integer)) else tuple(axis)
+    try:
+        given = (operator.index(axis),) if not isinstance(axis, Sequence) else tuple(axis)
+    except TypeError:
+        raise ValueError(f"axis={axis!r} is not an int or a sequence of ints: name axes") from None
     if any(not -ndim <= a < ndim for a in given):
         raise ValueError(f"axis={axis} is out of range for an array with {ndim} axes")
     axes = tuple(sorted(int(a) % ndim for a in given))
@@ -208,32 +218,37 @@ def check_radius(c: ArrayLike) -> None:
         positive = bool(np.all(np.asarray(c) > 0))
     except jax.errors.TracerArrayConversionError:
         return
+    except TypeError:
+        positive = False
     if not positive:
-        raise ValueError(f"c={c} is not positive: give the largest L1 norm a column may have")
+        raise ValueError(f"c={c!r} is not positive: give the largest L1 norm a column may have")
 
 
 def _constant(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> Arrays:
-    """``c`` in terms that ``dtype`` can hold, their sum exact; an array of JAX's stays as it is."""
+    """``c`` in terms that ``dtype`` can hold; a JAX array stays whole, for its tangent's sake."""
     check_radius(c)
     if jnp.shape(c) not in ((), columns):
         raise ValueError(
             f"c has shape {jnp.shape(c)}: give a scalar, or one value for each column, {columns}"
         )
-    if isinstance(c, jax.Array):
-        return (c.astype(jnp.promote_types(c.dtype, jnp.bfloat16)),)
-    rest = np.asarray(c, np.float64)
-    terms = []
-    for _ in range(3):  # 3 x 24 bits hold the 53 of a Python float
-        terms.append(_round_down(rest, dtype, np))
-        rest = np.where(np.isfinite(rest), rest - np.where(np.isfinite(rest), terms[-1], 0), 0)
-    return tuple(map(jnp.asarray, terms))
+    if not isinstance(c, jax.Array):
+        return tuple(map(jnp.asarray, _terms(np.asarray(c, np.float64), dtype, np)))
+    if not jnp.issubdtype(c.dtype, jnp.floating):
+        nearest = c.astype(dtype)
+        c = jnp.where(nearest.astype(c.dtype) > c, jnp.nextafter(nearest, 0 * nearest), nearest)
+    return (c,)
 
 
-def _round_down(x: Any, dtype: jnp.dtype, xp: Any) -> Any:
-    """``x`` in ``dtype``, rounded towards zero (for positive ``x``)."""
-    with np.errstate(over="ignore"):
-        nearest = x.astype(dtype)
-    return xp.where(nearest > x, xp.nextafter(nearest, xp.zeros_like(nearest)), nearest)
+def _terms(c: Any, dtype: jnp.dtype, xp: Any) -> list[Any]:
+    """Three floats of ``dtype``, rounded down, that add up to ``c``: 72 bits hold float64's 53."""
+    terms: list[Any] = []
+    for _ in range(3):
+        with np.errstate(over="ignore"):
+            nearest = c.astype(dtype)
+        terms.append(xp.where(nearest > c, xp.nextafter(nearest, xp.zeros_like(nearest)), nearest))
+        finite = xp.isfinite(terms[-1])
+        c = xp.where(finite, c - xp.where(finite, terms[-1], 0), 0)
+    return terms
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -332,12 +347,15 @@ class _Columns(NamedTuple):
     """Columns scaled so that 1 <= c < 2, and lowered by their maximum where that is far above c.
 
     Lowering keeps the bits that matter. Where |v| is a billion times c, every entry of the support
-    lies within c of the maximum, and the difference of two such floats is exact.
+    lies within c of the maximum, and the difference of two such floats is exact. With a metric
+    nothing is lowered, and the result is that of a metric whose last bits differ.
 
     Attributes:
         magnitude: |v|, one array for each part; scaled, not lowered.
-        key: |v| d, scaled and lowered; an entry survives if its key is above the threshold.
-        slope: g = 1 / d, one array for each part, or None where every slope is 1.
+        key: What is compared with the threshold: the magnitude, lowered, or |v| d on a scale of
+            its own.
+        slope: How fast a survivor shrinks as the threshold rises, one array for each part; None
+            where every slope is 1.
         top: The largest key.
         lowered: Whether the keys were lowered.
         c: The radius, scaled.
@@ -366,8 +384,7 @@ class _Columns(NamedTuple):
 def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Columns:
     dtype = jnp.result_type(jnp.float32, *parts)
     info = jnp.finfo(dtype)
-    head = _round_down(c[0], dtype, jnp)
-    rest = jnp.where(jnp.isinf(head), 0, c[0] - jnp.where(jnp.isinf(head), 0, head))
+    head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
     radius = jnp.clip(head, 0, info.max)  # a NaN stays one
     exponent = _exponent(jnp.maximum(radius, info.tiny))
     half = exponent // 2
@@ -378,26 +395,26 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Co
     # Beside an infinity every finite entry is nothing.
     a = tuple(jnp.where(infinite, jnp.where(x == jnp.inf, info.max, 0), x) for x in a)
     largest = _max(a, axes)
-    if metric is None:
-        weighted, slope, peak = a, None, largest
-    else:
-        weighted, slope = _weigh(a, largest, metric, axes)
-        peak = _max(weighted, axes)
-    lowered = largest > 2 * radius
     magnitude = tuple(_rescale(x, scale) for x in a)
-    level = magnitude if metric is None else tuple(_rescale(x, scale) for x in weighted)
-    key = tuple(
-        jnp.where(lowered, (x - peak) * scale[0] * scale[1], y)
-        for x, y in zip(weighted, level, strict=True)
-    )
+    if metric is None:
+        slope, lowered = None, largest > 2 * radius
+        key = tuple(
+            jnp.where(lowered, (x - largest) * scale[0] * scale[1], y)
+            for x, y in zip(a, magnitude, strict=True)
+        )
+        top = jnp.where(lowered, 0, _rescale(largest, scale))
+    else:
+        lowered = jnp.zeros_like(infinite)
+        key, slope = _weigh(a, largest, exponent, metric, axes)
+        top = _max(key, axes)
     return _Columns(
         magnitude=magnitude,
         key=key,
         slope=slope,
-        top=jnp.where(lowered, 0, _rescale(peak, scale)),
+        top=top,
         lowered=lowered,
         c=radius * scale[0] * scale[1],
-        c_rest=tuple(x.astype(dtype) * scale[0] * scale[1] for x in (rest, *c[1:])),
+        c_rest=tuple(x * scale[0] * scale[1] for x in rest),
         scale=scale,
         unscale=(_power_of_two(half), _power_of_two(exponent - half)),
         outside=infinite,
@@ -415,22 +432,31 @@ def _rescale(a: jax.Array, scale: Pair) -> jax.Array:
     return jnp.where(a < info.tiny, tiny, a * scale[0] * scale[1])
 
 
-def _weigh(a: Arrays, largest: jax.Array, metric: Arrays, axes: Axes) -> tuple[Arrays, Arrays]:
-    """|v| d and g = 1 / d, with d scaled so that the largest |v| d is the largest |v|."""
+def _weigh(
+    a: Arrays, largest: jax.Array, exponent: jax.Array, metric: Arrays, axes: Axes
+) -> tuple[Arrays, Arrays]:
+    """|v| d, scaled so that the largest is about 1, and the slope that takes it to c's scale."""
     info = jnp.finfo(largest.dtype)
+
+    def unit(parts: Arrays, largest: jax.Array) -> tuple[jax.Array, Arrays]:
+        """The parts with their largest entry brought to [1, 2), and its exponent."""
+        exponent = _exponent(jnp.maximum(largest, info.tiny))
+        half = exponent // 2
+        scale = _power_of_two(-half), _power_of_two(half - exponent)
+        return exponent, tuple(_rescale(x, scale) for x in parts)
+
+    own, a = unit(a, largest)
     d = tuple(weights.astype(info.dtype) for weights in metric)
-    most = _max(d, axes)
-    d = tuple(x / most for x in d)
-    unit = jnp.where(largest > 0, largest, 1)
-    heaviest = _max(tuple(x / unit * y for x, y in zip(a, d, strict=True)), axes)
+    _, d = unit(d, _max(d, axes))
+    heaviest = _max(tuple(x * y for x, y in zip(a, d, strict=True)), axes)
     heaviest = jnp.maximum(heaviest, info.tiny)
-    d = tuple(jnp.clip(x / heaviest, 2.0**-100, 2.0**100) for x in d)
-    # The minimum keeps the compiler from fusing this product into an addition that follows: it
+    d = tuple(jnp.clip(x / heaviest, 1 / _LARGEST_WEIGHT, _LARGEST_WEIGHT) for x in d)
+    # The minima keep the compiler from fusing these products into an addition that follows: it
     # would round once where another copy of the same product rounds twice.
-    return (
-        tuple(jnp.minimum(x * y, info.max) for x, y in zip(a, d, strict=True)),
-        tuple(1 / x for x in d),
-    )
+    key = tuple(jnp.minimum(x * y, info.max) for x, y in zip(a, d, strict=True))
+    half = (own - exponent) // 2
+    up = _power_of_two(half), _power_of_two(own - exponent - half)
+    return key, tuple(jnp.minimum(1 / x * up[0] * up[1], info.max) for x in d)
 
 
 # --- the threshold --------------------------------------------------------------------------------
@@ -455,20 +481,38 @@ class _Search(NamedTuple):
 
 
 def _inside(columns: _Columns, axes: Axes) -> jax.Array:
-    """Whether a column is in its ball, decided exactly: three layers of bits, two without rounding.
+    """Whether a column is in its ball, decided exactly, layer of bits by layer of bits.
 
-    A float32 column whose norm, rounded to float64, is c counts as inside.
+    The multiples of a grid that the entries hold add up without rounding; what lies below the grid
+    adds up to less than n times the grid. Most columns are decided by the first layer. A float32
+    column whose norm, rounded to float64, is c counts as inside.
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
-    n = _length(columns.magnitude, axes)
-    fine = eps * eps * 2.0 ** math.ceil(math.log2(max(n, 2)) - 1)
-    magnitude = tuple(jnp.minimum(x, 4) for x in columns.magnitude)  # 4 > c is outside by itself
-    coarse, rest = _layer(magnitude, eps, axes)
-    middle, rest = _layer(rest, fine, axes)
-    excess = functools.reduce(jnp.subtract, columns.c_rest, (coarse - columns.c) + middle)
-    excess += _total(rest, axes) * (1 + _depth(magnitude, axes) * eps)
     unseen = 2.0**-53 * (1 - 2.0**-10) if eps > 2.0**-52 else 0.0
-    return columns.free | ((excess <= unseen) & ~columns.outside)
+    n = _length(columns.magnitude, axes)
+    finer = min(2.0 ** math.ceil(math.log2(max(n, 1))) * eps / 2, 0.5)  # a grid to the last one
+    last = min(eps**4, 2.0**-90)
+    magnitude = tuple(jnp.minimum(x, 4) for x in columns.magnitude)  # 4 > c is outside by itself
+
+    def undecided(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        known, grid = carry  # the excess is above known - 2 grid and below known + n grid
+        near = (known - 2 * grid <= unseen) & (known + n * grid > unseen)
+        return jnp.any(near) & (grid > last)
+
+    def next_layer(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        known, grid = carry
+        next_grid = grid * finer
+
+        def layer(x: jax.Array) -> jax.Array:
+            return jnp.floor((x - jnp.floor(x / grid) * grid) / next_grid) * next_grid
+
+        known = known + _total(tuple(map(layer, magnitude)), axes)
+        return functools.reduce(jnp.subtract, map(layer, columns.c_rest), known), next_grid
+
+    first, _ = _layer(magnitude, eps, axes)
+    grid = jnp.asarray(eps, columns.c.dtype)
+    known, _ = lax.while_loop(undecided, next_layer, (first - columns.c, grid))
+    return columns.free | ((known <= unseen) & ~columns.outside)
 
 
 def _survivors(columns: _Columns, theta: Pair) -> Arrays:
@@ -518,21 +562,23 @@ def _threshold(
 
 def _newton(columns: _Columns, start: jax.Array, axes: Axes) -> tuple[Pair, jax.Array]:
     """Newton's method with ordinary sums, up to a thousandth of c from the root."""
+    most = _NEWTON_PASSES + (0 if columns.slope is None else round(math.log2(_LARGEST_WEIGHT)))
 
     def unfinished(carry: tuple[Pair, jax.Array, jax.Array]) -> jax.Array:
-        _, excess, passes = carry
-        return jnp.any(excess > 2.0**-10 * columns.c) & (passes < _NEWTON_PASSES)
+        _, close, passes = carry
+        return ~jnp.all(close) & (passes < most)
 
     def step(carry: tuple[Pair, jax.Array, jax.Array]) -> tuple[Pair, jax.Array, jax.Array]:
-        theta, _, passes = carry
+        theta, close, passes = carry
         survivors = _survivors(columns, theta)
         excess = _total(survivors, axes) - columns.c
         slope = _slope(columns, survivors, axes)
-        usable = (excess > 0) & (excess < jnp.inf) & (slope > 0)
-        return _shift(theta, jnp.where(usable, excess / slope, 0)), excess, passes + 1
+        # A column that was close before this pass stays, however long its neighbours take.
+        usable = ~close & (excess > 0) & (excess < jnp.inf)
+        theta = _shift(theta, jnp.where(usable, excess / slope, 0))
+        return theta, close | ~(excess > 2.0**-10 * columns.c), passes + 1
 
-    theta = start, jnp.zeros_like(start)
-    carry = theta, jnp.full_like(start, jnp.inf), jnp.int32(0)
+    carry = (start, jnp.zeros_like(start)), jnp.zeros_like(columns.lowered), jnp.int32(0)
     theta, _, passes = lax.while_loop(unfinished, step, carry)
     return theta, passes
 
@@ -551,7 +597,8 @@ def _sort(columns: _Columns, axes: Axes) -> Pair:
         last = tuple(range(-len(axes), 0))
         moved = (jnp.moveaxis(x, axes, last) for x in parts)
         return jnp.concatenate(
-            [x.reshape(columns.c.size, math.prod(x.shape[-len(axes) :])) for x in moved], axis=1
+            [x.reshape(columns.c.size, math.prod(x.shape[x.ndim - len(axes) :])) for x in moved],
+            axis=1,
         )
 
     keys = rows(columns.key)
@@ -575,9 +622,10 @@ def _certify(
     coarsest = max((jnp.finfo(dtype) for dtype in columns.dtypes), key=lambda f: f.eps)
     n = _length(columns.key, axes)
     # How far below c a result may end: a few units in the last place, and what is lost where
-    # float16 runs out of exponents. Aiming half a unit below c makes the next pass the last one.
-    quantum = float(coarsest.smallest_subnormal) * n * columns.scale[0] * columns.scale[1]
-    slack = (8 if coarsest.eps == info.eps else 2) * float(coarsest.eps) * columns.c + quantum
+    # its format runs out of exponents. Aiming half a unit below c makes the next pass the last one.
+    smallest = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
+    quantum = float(smallest) * n * columns.scale[0] * columns.scale[1]
+    slack = (4 if coarsest.eps == info.eps else 2) * float(coarsest.eps) * columns.c + quantum
     aim = float(info.eps) / 2
 
     def unfinished(search: _Search) -> jax.Array:
@@ -714,11 +762,13 @@ def _project_jvp(axes: Axes, method: str, primals: Any, tangents: Any) -> tuple[
     if metric is None:
         slope: Arrays = tuple(jnp.ones_like(e) for e in free)
     else:
-        least = -_max(tuple(-d for d in metric), axes, initial=-jnp.inf)
-        slope = tuple((least / d).astype(dtype) for d in metric)
+        d = tuple(x.astype(dtype) for x in metric)
+        on_support = tuple(jnp.where(s, -x, -jnp.inf) for s, x in zip(support, d, strict=True))
+        least = -_max(on_support, axes, initial=-jnp.inf)
+        slope = tuple(least / x for x in d)
         free = tuple(
-            e + (jnp.abs(v) - jnp.abs(w)).astype(dtype) * (dd / d).astype(dtype)
-            for e, v, w, d, dd in zip(free, parts, results, metric, dmetric, strict=True)
+            e + (jnp.abs(v) - jnp.abs(w)).astype(dtype) * (dx.astype(dtype) / x)
+            for e, v, w, x, dx in zip(free, parts, results, d, dmetric, strict=True)
         )
 
     def over_support(values: Arrays) -> jax.Array:

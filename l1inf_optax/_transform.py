@@ -145,9 +145,10 @@ def _keep_params_in_ball(
             )
         leaves, structure = _layers.flatten(updates)
         params_leaves, params_structure = _layers.flatten(params)
-        if len(leaves) != len(params_leaves):
+        if structure != params_structure:
             raise ValueError(
-                f"updates, {structure}, are not of one structure with params, {params_structure}"
+                f"updates have the structure {structure}, but params {params_structure}: "
+                "pass the parameters that the gradients belong to"
             )
         for layer, radius in _layers.constrained_layers(params, c, layers):
             ps, us = layer.columns(params_leaves), layer.columns(leaves)

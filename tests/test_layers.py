@@ -177,10 +177,29 @@ def test_vectors_norms_embeddings_and_empty_leaves_are_left_alone():
     assert found(params) == {}
 
 
-def test_masked_and_frozen_parts_of_a_layer_are_left_out():
-    params = shapes(layer__kernel=(4, 3), layer__bias=(3,))
+def test_a_layer_cut_in_two_by_a_mask_is_an_error():
+    params = shapes(layer__kernel=(4, 3), layer__bias=(3,), other__kernel=(4, 3))
+    params["other"]["kernel"] = optax.MaskedNode()
+    assert found(params) == {"layer": ((0,), True)}
     params["layer"]["bias"] = optax.MaskedNode()
-    assert found(params) == {"layer": ((0,), False)}
+    with pytest.raises(ValueError, match="the bias of 'layer/kernel' is masked"):
+        found(params)
+
+
+@pytest.mark.parametrize("c", [{}, {"*": None}])
+def test_a_mapping_that_constrains_nothing_is_an_error(c):
+    with pytest.raises(ValueError, match=r"c=.*constrains nothing.*layer"):
+        l1inf.project_params(shapes(layer__kernel=(4, 3)), c)
+
+
+def test_a_pattern_behind_one_that_takes_all_it_matches_is_an_error():
+    with pytest.raises(ValueError, match=r"'layer'.*only what earlier patterns take"):
+        l1inf.project_params(shapes(layer__kernel=(4, 3)), {"*": 2.0, "layer": 1.0})
+
+
+def test_brackets_in_a_path_can_be_named():
+    after = l1inf.project_params({"conv[0]": {"kernel": jnp.ones((4, 3))}}, {"conv[0]": 1.0})
+    np.testing.assert_array_equal(after["conv[0]"]["kernel"], 0.25)
 
 
 def test_doubt_is_an_error_only_where_it_matters():
@@ -222,6 +241,14 @@ def test_layers_may_be_globs_a_tree_or_a_function(numbers):
         assert found(params, layers) == {"a/w": ((1,), False)}
 
 
+def test_dimension_numbers_may_sit_in_a_module_that_can_be_called():
+    model = eqx.nn.MLP(4, 2, 8, 1, key=KEY)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    numbers = jax.tree.map(lambda p: Numbers(1, 0) if p.ndim == 2 else None, params)
+    assert callable(numbers)
+    assert set(found(params, numbers)) == {"layers/0/weight", "layers/1/weight"}
+
+
 def test_patterns_match_from_any_slash_on():
     params = shapes(params__hidden_0__kernel=(2, 2), params__out__hidden__kernel=(2, 2))
     for pattern, paths in {
@@ -251,7 +278,9 @@ def at(tree, path):
         ({"a/w": Numbers(0, 0)}, ("layers", "'a/w'", "both reduction and output")),
         ({"a/w": Numbers(0, 1, bias="c")}, ("layers", "'a/c'", "not in params")),
         ({"a/w": Numbers(1, 0, bias="b")}, ("bias", "'a/w'", "(3,)", "(4, 3)")),
-        ({"z": {"w": Numbers()}}, ("layers", "'z/w'", "matches nothing")),
+        ({"z": {"w": Numbers()}}, ("layers", "'z/w'", "structure of the parameters", "a/w")),
+        ({"a": {"*": Numbers()}}, ("layers", "'a/*'", "structure of the parameters", "a/w")),
+        ({"a": {"w": 3}}, ("layers holds 3 at 'a/w'", "dimension numbers")),
     ],
 )
 def test_wrong_dimension_numbers_are_an_error(layers, names):

@@ -187,7 +187,7 @@ MAKERS = {
 }  # fmt: skip
 MAKERS["noisy_sgd"] = lambda: optax.noisy_sgd(1e-2, key=jax.random.key(0))
 MAKERS["polyak_sgd"] = lambda: optax.polyak_sgd(0.05)
-MAKERS["lbfgs"] = lambda: optax.lbfgs(1e-3, linesearch=None)
+MAKERS["lbfgs"] = lambda: optax.lbfgs(0.1, linesearch=None)
 MAKERS["contrib.cocob"] = lambda: optax.contrib.cocob()
 MAKERS["contrib.dog"] = lambda: optax.contrib.dog(1.0)
 MAKERS["contrib.dowg"] = lambda: optax.contrib.dowg(1.0)
@@ -541,6 +541,13 @@ def test_updates_of_another_structure_are_an_error():
     tx = KEEP(1.0)
     with pytest.raises(ValueError, match="structure"):
         tx.update({"layer": {"kernel": params["layer"]["kernel"]}}, tx.init(params), params)
+
+
+def test_a_layer_without_updates_is_an_error():
+    params = dense(np.random.default_rng(0))
+    tx = KEEP(1.0)
+    with pytest.raises(ValueError, match="'layer' has no array: give updates for all of it"):
+        tx.update({"layer": {**params["layer"], "bias": None}}, tx.init(params), params)
 
 
 @pytest.mark.parametrize("c", [0.0, -1.0, np.nan, {"layer": -3.0}])
