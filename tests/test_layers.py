@@ -94,7 +94,7 @@ def test_flax_nnx_layers_are_found_with_their_axes():
         "augmented": ((0,), False),
     }
     assert found(nnx.state(model, nnx.Param)) == expected
-    assert found(nnx.as_pure(nnx.state(model, nnx.Param))) == expected
+    assert found(nnx.to_pure_dict(nnx.state(model, nnx.Param))) == expected
 
 
 def test_haiku_layers_are_found_with_their_axes():
