@@ -81,8 +81,8 @@ class AugmentedDense(nn.Dense):
 
     and column `j` of the augmented matrix `V` is all that flows into unit `j`. In every other
     respect this is `flax.linen.Dense`: same arguments, same result, and the same initial weights
-    from the same key. Taking `V` apart and joining its gradient copies the matrix once each,
-    2 to 4% of a forward and backward pass of a 784-900-10 network on a CPU (batch 128).
+    from the same key. Taking `V` apart and joining its gradient may copy the matrix
+    once each, a few percent of a forward and backward pass (tests/benchmarks/bench_modules.py).
 
     Parameters:
         `augmented_kernel`: `(1 + d_in, features)` of type `param_dtype`; row 0 is the bias.
