@@ -456,6 +456,25 @@ def test_derivatives_keep_16_bit_dtypes(dtype):
     assert gradient.dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("x", "d", "c"),
+    [
+        ([3.0, 2.0, 1.0], [0.01, 1e3, 6e4], 2.5),
+        ([3.0, 2.0, 1.0], [1e-3, 3e3, 6e4], 2.5),
+        ([0.1, 2.0, 1.9], [1e-6, 3e4, 3e4], 1.0),
+    ],
+)
+def test_derivatives_with_a_16_bit_metric_are_those_with_its_values_in_32_bits(x, d, c):
+    x, d = jnp.array(x), jnp.array(d, jnp.float16)
+
+    def derivative(d):
+        return jax.jacobian(lambda x: l1inf.projection_l1inf_ball(x, c, metric=d))(x)
+
+    np.testing.assert_allclose(derivative(d), derivative(d.astype(jnp.float32)), rtol=1e-6)
+    # On the sphere: what one entry of the support gains the others lose.
+    np.testing.assert_allclose(derivative(d).sum(0), 0, atol=1e-6)
+
+
 def test_vmap_over_matrices_and_radii_is_the_loop():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 20, 5)).astype(np.float32))
     c = jnp.array([0.5, 2.0, 100.0])

@@ -167,7 +167,7 @@ OPTIMIZERS = {
     "lamb": 1e-2, "lars": 3e-2, "lion": 3e-3, "nadam": 3e-3, "nadamw": 3e-3,
 "novograd": 3e-3, "optimistic_adam_v2": 3e-3,
     "optimistic_gradient_descent": 1e-2, "radam": 3e-3, "rmsprop": 3e-3,
-    "rprop": 1e-3, "sgd": 3e-2, "sign_sgd": 1e-3, "sm3": 3e-2, "yogi": 1e-2,
+    "rprop": 1e-3, "sgd": 3e-2, "sign_sgd": 1e-3, "signum": 1e-3, "sm3": 3e-2, "yogi": 1e-2,
 }  # fmt: skip
 CONTRIB = {
     "acprop": 3e-3, "ademamix": 3e-3, "adopt": 3e-3, "cocob": 1.0, "dadapt_adamw": 1.0,
