@@ -5,7 +5,6 @@ found by the names their libraries give them; anything else is said with dimensi
 """
 
 import fnmatch
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import tree_util
 
-from l1inf_optax._projection import Arrays, Axes, check_radius
+from l1inf_optax._projection import Arrays, Axes, check_radius, normalise_axes
 
 AUGMENTED_KERNEL = "augmented_kernel"
 
@@ -242,8 +241,9 @@ def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
         if numbers is None or _is_empty(leaf):
             continue
         shape = jnp.shape(leaf)
-        reduction = _normalised(numbers.reduction_axis, shape, path)
-        output = _normalised(numbers.output_axis, shape, path)
+        given = f"layers gives {path!r}, shape {shape}, "
+        reduction = normalise_axes(numbers.reduction_axis, len(shape), f"{given}reduction_axis")
+        output = normalise_axes(numbers.output_axis, len(shape), f"{given}output_axis")
         if set(reduction) & set(output):
             raise ValueError(f"layers gives {path!r} an axis that is both reduction and output")
         bias = None
@@ -278,13 +278,6 @@ def _told(paths: list[str], layers: Any) -> dict[str, Any]:
                 f"structure of the parameters. There are: {_listing(iter(paths))}"
             )
     return told
-
-
-def _normalised(axis: int | Sequence[int], shape: tuple[int, ...], path: str) -> Axes:
-    axes = tuple(axis) if isinstance(axis, Sequence) else (operator.index(axis),)
-    if any(not -len(shape) <= a < len(shape) for a in axes):
-        raise ValueError(f"layers gives {path!r}, shape {shape}, the axes {axes}: out of range")
-    return tuple(sorted({a % len(shape) for a in axes}))
 
 
 def _check_bias(bias: tuple[int, ...], kernel: tuple[int, ...], reduction: Axes, path: str) -> None:

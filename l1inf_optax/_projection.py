@@ -78,7 +78,7 @@ def l1inf_norm(x: ArrayLike, *, axis: int | Sequence[int] = 0) -> jax.Array:
         Array(4., dtype=float32)
     """
     array = _floating(x)
-    axes = _normalise_axes(axis, array.ndim)
+    axes = normalise_axes(axis, array.ndim)
     return jnp.max(_column_norms(array, axes), initial=0)
 
 
@@ -140,7 +140,7 @@ def projection_l1inf_ball(
                [0.  , 0.  ]], dtype=float32)
     """
     array = _floating(x)
-    axes = _normalise_axes(axis, array.ndim)
+    axes = normalise_axes(axis, array.ndim)
     weights = None if metric is None else (_floating(metric, "metric"),)
     return project_columns((array,), c, axes, metric=weights, method=method)[0]
 
@@ -169,8 +169,7 @@ def project_columns(
     Raises:
         ValueError: as :func:`projection_l1inf_ball`.
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_method(method)
     for part in parts:
         _floating(part, "the array")
     if metric is not None:
@@ -199,17 +198,26 @@ def _floating(x: ArrayLike, name: str = "x") -> jax.Array:
     return array
 
 
-def _normalise_axes(axis: int | Sequence[int], ndim: int) -> Axes:
+def normalise_axes(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Axes:
+    """Axes as sorted non-negative ints; a ValueError names what is wrong with ``name``."""
     try:
         given = (operator.index(axis),) if not isinstance(axis, Sequence) else tuple(axis)
     except TypeError:
-        raise ValueError(f"axis={axis!r} is not an int or a sequence of ints: name axes") from None
+        raise ValueError(
+            f"{name}={axis!r} is not an int or a sequence of ints: name axes"
+        ) from None
     if any(not -ndim <= a < ndim for a in given):
-        raise ValueError(f"axis={axis} is out of range for an array with {ndim} axes")
+        raise ValueError(f"{name}={axis} is out of range for an array with {ndim} axes")
     axes = tuple(sorted(int(a) % ndim for a in given))
     if len(set(axes)) != len(axes):
-        raise ValueError(f"axis={axis} names an axis twice: name each once")
+        raise ValueError(f"{name}={axis} names an axis twice: name each once")
     return axes
+
+
+def check_method(method: str) -> None:
+    """Raises a ValueError if there is no such method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
 
 
 def check_radius(c: ArrayLike) -> None:
@@ -334,10 +342,20 @@ def _exponent(x: jax.Array) -> jax.Array:
     return (bits >> info.nmant) - (info.maxexp - 1)
 
 
-def _power_of_two(exponent: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def _power_of_two(exponent: jax.Array) -> jax.Array:
     """2^exponent, exactly, for exponents of normal numbers."""
-    info = jnp.finfo(dtype or f"float{jnp.iinfo(exponent.dtype).bits}")
+    info = jnp.finfo(f"float{jnp.iinfo(exponent.dtype).bits}")
     return lax.bitcast_convert_type((exponent + (info.maxexp - 1)) << info.nmant, info.dtype)
+
+
+def _scale(exponent: jax.Array) -> Pair:
+    """Two powers of two whose product is 2^exponent; as one float it could overflow."""
+    half = exponent // 2
+    return _power_of_two(half), _power_of_two(exponent - half)
+
+
+def _times(x: jax.Array, scale: Pair) -> jax.Array:
+    return x * scale[0] * scale[1]
 
 
 # --- columns on one scale -------------------------------------------------------------------------
@@ -387,8 +405,7 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Co
     head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
     radius = jnp.clip(head, 0, info.max)  # a NaN stays one
     exponent = _exponent(jnp.maximum(radius, info.tiny))
-    half = exponent // 2
-    scale = _power_of_two(-half), _power_of_two(half - exponent)
+    scale = _scale(-exponent)
 
     a = tuple(jnp.abs(part.astype(dtype)) for part in parts)
     infinite = _max(a, axes) == jnp.inf
@@ -399,7 +416,7 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Co
     if metric is None:
         slope, lowered = None, largest > 2 * radius
         key = tuple(
-            jnp.where(lowered, (x - largest) * scale[0] * scale[1], y)
+            jnp.where(lowered, _times(x - largest, scale), y)
             for x, y in zip(a, magnitude, strict=True)
         )
         top = jnp.where(lowered, 0, _rescale(largest, scale))
@@ -413,10 +430,10 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Co
         slope=slope,
         top=top,
         lowered=lowered,
-        c=radius * scale[0] * scale[1],
-        c_rest=tuple(x * scale[0] * scale[1] for x in rest),
+        c=_times(radius, scale),
+        c_rest=tuple(_times(x, scale) for x in rest),
         scale=scale,
-        unscale=(_power_of_two(half), _power_of_two(exponent - half)),
+        unscale=_scale(exponent),
         outside=infinite,
         free=jnp.isposinf(head),
         dtypes=tuple(part.dtype for part in parts),
@@ -429,7 +446,7 @@ def _rescale(a: jax.Array, scale: Pair) -> jax.Array:
     lowest = info.minexp - info.nmant  # a subnormal number is an integer times 2^lowest
     integer = lax.bitcast_convert_type(a, jnp.dtype(f"int{info.bits}")).astype(a.dtype)
     tiny = integer * (scale[0] * 2.0 ** (lowest // 2)) * (scale[1] * 2.0 ** (lowest - lowest // 2))
-    return jnp.where(a < info.tiny, tiny, a * scale[0] * scale[1])
+    return jnp.where(a < info.tiny, tiny, _times(a, scale))
 
 
 def _weigh(
@@ -441,9 +458,7 @@ def _weigh(
     def unit(parts: Arrays, largest: jax.Array) -> tuple[jax.Array, Arrays]:
         """The parts with their largest entry brought to [1, 2), and its exponent."""
         exponent = _exponent(jnp.maximum(largest, info.tiny))
-        half = exponent // 2
-        scale = _power_of_two(-half), _power_of_two(half - exponent)
-        return exponent, tuple(_rescale(x, scale) for x in parts)
+        return exponent, tuple(_rescale(x, _scale(-exponent)) for x in parts)
 
     own, a = unit(a, largest)
     d = tuple(weights.astype(info.dtype) for weights in metric)
@@ -454,9 +469,8 @@ def _weigh(
     # The minima keep the compiler from fusing these products into an addition that follows: it
     # would round once where another copy of the same product rounds twice.
     key = tuple(jnp.minimum(x * y, info.max) for x, y in zip(a, d, strict=True))
-    half = (own - exponent) // 2
-    up = _power_of_two(half), _power_of_two(own - exponent - half)
-    return key, tuple(jnp.minimum(1 / x * up[0] * up[1], info.max) for x in d)
+    up = _scale(own - exponent)
+    return key, tuple(jnp.minimum(_times(1 / x, up), info.max) for x in d)
 
 
 # --- the threshold --------------------------------------------------------------------------------
@@ -539,12 +553,11 @@ def _lower_bound(columns: _Columns, axes: Axes) -> jax.Array:
             x - jnp.abs(x) * (4 * eps) - c / g
             for x, g in zip(columns.key, columns.slope, strict=True)
         )
-        bound = _max(lone, axes, initial=-jnp.inf)
-    else:
-        down = 1 - (_depth(columns.key, axes) + 4) * eps
-        mean = (_total(columns.magnitude, axes) * down - c) / max(_length(columns.key, axes), 1)
-        bound = jnp.maximum(columns.top - c, jnp.where(columns.lowered, -jnp.inf, mean))
-    return jnp.where(columns.lowered, bound, jnp.maximum(bound, 0))
+        return jnp.maximum(_max(lone, axes, initial=-jnp.inf), 0)
+    down = 1 - (_depth(columns.key, axes) + 4) * eps
+    mean = (_total(columns.magnitude, axes) * down - c) / max(_length(columns.key, axes), 1)
+    others = jnp.where(columns.lowered, -jnp.inf, jnp.maximum(mean, 0))
+    return jnp.maximum(columns.top - c, others)
 
 
 def _threshold(
@@ -674,11 +687,7 @@ def _as_stored(x: jax.Array, dtype: jnp.dtype, columns: _Columns) -> jax.Array:
     """Scaled survivors, rounded as they will be in ``dtype``."""
     if dtype == x.dtype:
         return x
-    return (
-        round_to(x * columns.unscale[0] * columns.unscale[1], dtype)
-        * columns.scale[0]
-        * columns.scale[1]
-    )
+    return _times(round_to(_times(x, columns.unscale), dtype), columns.scale)
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -728,8 +737,7 @@ def _solve(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, method: 
     survivors = _survivors(columns, theta)
     results = []
     for part, survivor in zip(parts, survivors, strict=True):
-        w = survivor * columns.unscale[0] * columns.unscale[1]
-        w = round_to(w, part.dtype).astype(part.dtype)
+        w = round_to(_times(survivor, columns.unscale), part.dtype).astype(part.dtype)
         signed = jnp.where(w == 0, 0, jnp.copysign(w, part))
         results.append(jnp.where(inside, part, signed))
     return tuple(results)

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layers, Radii, Radius
-from l1inf_optax._projection import METHODS, Arrays, Axes, Pair, project_columns, round_to
+from l1inf_optax._projection import Arrays, Axes, Pair, check_method, project_columns, round_to
 
 Projection = Callable[[Arrays, ArrayLike, Axes], Arrays]
 
@@ -91,8 +91,7 @@ def keep_params_in_l1inf_ball(
         >>> l1inf.l1inf_norm(params["params"]["hidden_0"]["augmented_kernel"])
         Array(1., dtype=float32)
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_method(method)
     project = functools.partial(project_columns, method=method)
     return _keep_params_in_ball(project, c, layers)
 

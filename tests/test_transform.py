@@ -188,9 +188,6 @@ MAKERS = {
 MAKERS["noisy_sgd"] = lambda: optax.noisy_sgd(1e-2, key=jax.random.key(0))
 MAKERS["polyak_sgd"] = lambda: optax.polyak_sgd(0.05)
 MAKERS["lbfgs"] = lambda: optax.lbfgs(0.1, linesearch=None)
-MAKERS["contrib.cocob"] = lambda: optax.contrib.cocob()
-MAKERS["contrib.dog"] = lambda: optax.contrib.dog(1.0)
-MAKERS["contrib.dowg"] = lambda: optax.contrib.dowg(1.0)
 
 
 class Task(NamedTuple):

@@ -13,23 +13,21 @@ class OptionError(ValueError):
 
 def positive_int(text: str) -> int:
     """A whole number from 1 on."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 on")
-    return value
+    return _whole_number(text, 1, math.inf, "from 1 on")
 
 
 def natural_int(text: str) -> int:
     """A whole number from 0 to 2^32 - 1: what a random seed may be."""
+    return _whole_number(text, 0, 2**32 - 1, "from 0 to 2^32 - 1")
+
+
+def _whole_number(text: str, least: float, most: float, name: str) -> int:
     try:
         value = int(text)
     except ValueError:
         value = -1
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to 2^32 - 1")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number {name}")
     return value
 
 
