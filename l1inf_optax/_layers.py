@@ -8,6 +8,7 @@ import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import tree_util
@@ -88,6 +89,12 @@ class Layer(NamedTuple):
         *bias, kernel = map(jnp.asarray, pieces)
         shape = tuple(1 if i in self.reduction_axes else n for i, n in enumerate(self.shape))
         return (*(x.reshape(shape) for x in bias), kernel)
+
+    def zeros(self, leaves: Sequence[Any]) -> jax.Array:
+        """A zero for each column, float32 or, where the layer is, float64."""
+        dtypes = (leaves[i].dtype for i in (self.bias, self.kernel) if i is not None)
+        columns = tuple(n for i, n in enumerate(self.shape) if i not in self.reduction_axes)
+        return jnp.zeros(columns, jnp.result_type(jnp.float32, *dtypes))
 
     def put(self, columns: Arrays, leaves: list[Any]) -> None:
         """Stores what :meth:`columns` gave, in the leaves' own shapes."""

@@ -3,12 +3,12 @@
 The projection of a column v onto the L1 ball of radius c soft-thresholds it,
 ``w = sign(v) max(|v| - theta, 0)``. In six lines:
 
-1. Scale the column by a power of two so that 1 <= c < 2. Inside the ball already? Then leave it.
-2. f(theta) = sum max(|v| - theta, 0) - c is convex, decreasing and piecewise linear.
-3. Start left of its root, at max(0, max|v| - c, (sum|v| - c) / n).
-4. Newton's step, theta += f(theta) / #{|v| > theta}, climbs to the root and does not pass it.
-5. Near the root evaluate f without rounding, by splitting every entry into bits that add exactly.
-6. Stop at the first theta near the root whose result, as rounded, is inside: f(theta) <= 0.
+1. f(theta) = sum max(|v| - theta, 0) - c is convex, decreasing and piecewise linear.
+2. One pass over the entries gives f and its slope; the first at an earlier threshold, or at 0.
+3. f(0) <= 0 means inside the ball: left as it is. In doubt to the last bit? Decided exactly.
+4. Newton's step, theta += f(theta) / #{|v| > theta}, lands left of the root from either side.
+5. Far from the root it goes half as far again as an exponential tail would need.
+6. Stop at the first theta near the root where f plus all that rounding can hide is f <= 0.
 
 Theta is an unevaluated sum of two floats. One is too coarse: a million entries just above the
 threshold would each be wrong by half a unit in its last place, their sum by some per cent.
@@ -21,7 +21,7 @@ With a metric d the minimiser of ``sum d (w - v)^2`` is ``sign(v) g max(|v| d - 
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +44,46 @@ METHODS = ("newton", "sort")
 _NEWTON_PASSES = 24
 _PASSES = 160
 _LARGEST_WEIGHT = 2.0**60
-_BLOCK = 32
+# A fold adds up `_SLICES` slices, of which an entry meets `_FOLDS` additions; `_FEW` numbers are
+# added up in any order. Above `_STEEP` times c the largest entry of a column is worth a look.
+_SLICES = 16
+_FOLDS = 6
+_FEW = 128
+_STEEP = 32
+# Radii for which nothing needs a scale of its own: no sum that decides anything can overflow, no
+# bit that decides anything can underflow, and what underflows is nothing beside c.
+_PLAIN_RADII = 2.0**-30, 2.0**60
+
+
+class Request(NamedTuple):
+    """Columns to project.
+
+    Attributes:
+        operands: What they are made of.
+        c: Radius, positive; a scalar or one value for each column.
+        axes: The axes a column runs along, non-negative and sorted.
+        start: ``None`` or a guess of the thresholds.
+    """
+
+    operands: Any
+    c: ArrayLike
+    axes: Axes
+    start: jax.Array | None
+
+
+class Projected(NamedTuple):
+    """Columns, projected.
+
+    Attributes:
+        parts: The projected parts, in the shapes and dtypes of what was projected.
+        threshold: The thresholds, zero where a column was inside its ball; of the shape of the
+            columns. The next projection of similar columns may start from them.
+        passes: int32 scalar, how many times the entries were read to find the thresholds.
+    """
+
+    parts: Arrays
+    threshold: jax.Array
+    passes: jax.Array
 
 
 def l1inf_norm(x: ArrayLike, *, axis: int | Sequence[int] = 0) -> jax.Array:
@@ -105,7 +144,7 @@ def projection_l1inf_ball(
     Differentiable in ``x``, ``c`` and ``metric``, forward and reverse, by differentiating the
     optimality conditions: on the support the tangent minus its mean along the signs.
 
-    ``"newton"`` costs 10 to 20 passes over ``x``, linear in its size. ``"sort"`` is the paper's
+    ``"newton"`` reads ``x`` five to ten times, whatever its size. ``"sort"`` is the paper's
     Algorithm 2 (Duchi et al. 2008), the readable reference; XLA's sort makes it ten to a hundred
     times slower. Both agree to rounding error.
 
@@ -142,7 +181,7 @@ def projection_l1inf_ball(
     array = _floating(x)
     axes = normalise_axes(axis, array.ndim)
     weights = None if metric is None else (_floating(metric, "metric"),)
-    return project_columns((array,), c, axes, metric=weights, method=method)[0]
+    return project_columns((array,), c, axes, metric=weights, method=method).parts[0]
 
 
 def project_columns(
@@ -152,7 +191,8 @@ def project_columns(
     *,
     metric: Arrays | None = None,
     method: str = "newton",
-) -> Arrays:
+    start: jax.Array | None = None,
+) -> Projected:
     """Projects columns that are split over several arrays, such as a kernel and its bias.
 
     Args:
@@ -162,16 +202,15 @@ def project_columns(
         axes: The axes a column runs along, non-negative and sorted.
         metric: ``None`` or weights in the shapes of ``parts``.
         method: ``"newton"`` or ``"sort"``.
+        start: ``None`` or a guess of the thresholds, such as those of similar columns. It changes
+            how many passes the search takes and the last bits of the result, nothing else.
 
     Returns:
-        The projected parts, in the shapes and dtypes of ``parts``.
+        The projected parts, their thresholds and the number of passes.
 
     Raises:
         ValueError: as :func:`projection_l1inf_ball`.
     """
-    check_method(method)
-    for part in parts:
-        _floating(part, "the array")
     if metric is not None:
         for part, weights in zip(parts, metric, strict=True):
             if weights.shape != part.shape:
@@ -179,11 +218,63 @@ def project_columns(
                     f"metric has shape {weights.shape}, but x has shape {part.shape}: "
                     "give one weight for each entry"
                 )
-    dtype = jnp.result_type(jnp.float32, *parts)
-    columns = tuple(n for i, n in enumerate(parts[0].shape) if i not in axes)
-    constant = _constant(c, dtype, columns)
-    constant = tuple(jnp.expand_dims(jnp.broadcast_to(term, columns), axes) for term in constant)
-    return _project(parts, constant, metric, axes, method)
+    request = Request(parts, c, axes, start)
+    return project_all(_as_they_are, [request], metric=metric, method=method)[0]
+
+
+def project_all(
+    make: Callable[..., Arrays],
+    requests: Sequence[Request],
+    *,
+    metric: Arrays | None = None,
+    method: str = "newton",
+) -> list[Projected]:
+    """Projects the columns of many layers; those of one kind share one compiled search.
+
+    Args:
+        make: Function from a request's operands to the parts to project, entry by entry. It is
+            called again wherever they are read, so that only one layer's parts need memory of
+            their own at a time.
+        requests: What to project.
+        metric: As in :func:`project_columns`, of the only request.
+        method: ``"newton"`` or ``"sort"``.
+
+    Returns:
+        For each request the projected parts, their thresholds and the number of passes.
+
+    Raises:
+        ValueError: as :func:`projection_l1inf_ball`.
+    """
+    check_method(method)
+    groups: dict[Any, list[int]] = {}
+    prepared = []
+    for i, (operands, c, axes, start) in enumerate(requests):
+        parts = jax.eval_shape(make, *operands)
+        for part in parts:
+            _check_floating(part.dtype, "the array")
+        dtype = jnp.result_type(jnp.float32, *(part.dtype for part in parts))
+        columns = tuple(n for k, n in enumerate(parts[0].shape) if k not in axes)
+        constant = _constant(c, dtype, columns)
+        guess = jnp.zeros((), dtype) if start is None else start.astype(dtype)
+        by_column = tuple(
+            jnp.expand_dims(jnp.broadcast_to(x, columns), axes) for x in (guess, *constant)
+        )
+        plain = metric is None and _is_plain(c)
+        prepared.append((operands, by_column))
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (operands, by_column))
+        kind = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)), axes, plain
+        groups.setdefault(kind, []).append(i)
+    results: dict[int, Projected] = {}
+    for (*_, axes, plain), members in groups.items():
+        layers = tuple(prepared[i] for i in members)
+        projected = _project(layers, metric, make, axes, method, plain)
+        for i, (parts, threshold, passes) in zip(members, projected, strict=True):
+            results[i] = Projected(parts, jnp.squeeze(threshold, axes), passes)
+    return [results[i] for i in range(len(requests))]
+
+
+def _as_they_are(*parts: jax.Array) -> Arrays:
+    return parts
 
 
 # --- what is wrong is said before anything is compiled --------------------------------------------
@@ -191,11 +282,15 @@ def project_columns(
 
 def _floating(x: ArrayLike, name: str = "x") -> jax.Array:
     array = jnp.asarray(x)
-    if array.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
-        raise ValueError(
-            f"{name} has dtype {array.dtype}: convert it to float16, bfloat16, float32 or float64"
-        )
+    _check_floating(array.dtype, name)
     return array
+
+
+def _check_floating(dtype: jnp.dtype, name: str) -> None:
+    if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} has dtype {dtype}: convert it to float16, bfloat16, float32 or float64"
+        )
 
 
 def normalise_axes(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Axes:
@@ -232,6 +327,16 @@ def check_radius(c: ArrayLike) -> None:
         raise ValueError(f"c={c!r} is not positive: give the largest L1 norm a column may have")
 
 
+def _is_plain(c: ArrayLike) -> bool:
+    """Whether ``c`` is known now (not traced) and of ordinary size."""
+    least, most = _PLAIN_RADII
+    try:
+        radii = np.asarray(c).astype(np.float64)
+    except jax.errors.TracerArrayConversionError:
+        return False
+    return bool(np.all((radii >= least) & (radii <= most)))
+
+
 def _constant(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> Arrays:
     """``c`` in terms that ``dtype`` can hold; a JAX array stays whole, for its tangent's sake."""
     check_radius(c)
@@ -262,49 +367,44 @@ def _terms(c: Any, dtype: jnp.dtype, xp: Any) -> list[Any]:
 # --- sums -----------------------------------------------------------------------------------------
 
 
-def _sum(x: jax.Array, axes: Axes) -> jax.Array:
-    """Sum along ``axes``, which are kept, in blocks: rounds like `_depth` additions, not like n."""
-    for axis in axes:
-        x = _block_sum(x, axis)
-    return x
+def _fold(values: Callable[..., Arrays], arrays: Arrays, axes: Axes) -> list[Arrays]:
+    """What ``values`` makes of the entries of ``arrays``, slices of them added up entry by entry.
+
+    One vectorised loop reads the entries once, however many results it writes; XLA's own reduction
+    is slower on the CPU with one result, and with two ten times slower. What `_SLICES` slices of
+    the longest of ``axes`` leave over comes second. An entry meets `_FOLDS` additions.
+    """
+    shape = arrays[0].shape
+    axis = max(axes, key=lambda a: shape[a], default=None)
+    if axis is None or shape[axis] < _SLICES:
+        return [values(*arrays)]
+    size = shape[axis] // _SLICES
+
+    def part(start: int, end: int) -> Arrays:
+        return values(*(lax.slice_in_dim(x, start, end, axis=axis) for x in arrays))
+
+    slices = [part(i * size, (i + 1) * size) for i in range(_SLICES)]
+    while len(slices) > 1:  # in chains of four: compilers skip the zeros of a chain, not of a tree
+        chains = [slices[i : i + 4] for i in range(0, len(slices), 4)]
+        slices = [tuple(functools.reduce(jnp.add, x) for x in zip(*y, strict=True)) for y in chains]
+    folded = slices
+    rest = shape[axis] % _SLICES
+    return [*folded, part(shape[axis] - rest, shape[axis])] if rest else folded
 
 
-def _block_sum(x: jax.Array, axis: int) -> jax.Array:
-    n = x.shape[axis]
-    if n <= 2 * _BLOCK:
-        return x.sum(axis, keepdims=True)
-    whole = n // _BLOCK * _BLOCK
-    shape = (*x.shape[:axis], n // _BLOCK, _BLOCK, *x.shape[axis + 1 :])
-    blocks = lax.slice_in_dim(x, 0, whole, axis=axis).reshape(shape).sum(axis + 1)
-    rest = lax.slice_in_dim(x, whole, n, axis=axis).sum(axis, keepdims=True)
-    return _block_sum(blocks, axis) + rest
+def _total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:
+    """Column sums, along ``axes``, which are kept, of all parts together.
+
+    Folds until few enough are left that it does not matter how they are added up.
+    """
+    few = [x.sum(axes, keepdims=True) for x in parts if _length((x,), axes) <= _FEW]
+    many = [x for x in parts if _length((x,), axes) > _FEW]
+    folded = [y for x in many for (y,) in _fold(lambda x: (x,), (x,), axes)]
+    return functools.reduce(jnp.add, [*few, _total(folded, axes)] if folded else few)
 
 
 def _length(parts: Arrays, axes: Axes) -> int:
     return sum(math.prod(part.shape[axis] for axis in axes) for part in parts)
-
-
-def _depth(parts: Arrays, axes: Axes) -> int:
-    """How many roundings an entry may meet in `_total`."""
-
-    def along(n: int) -> int:
-        return n if n <= 2 * _BLOCK else _BLOCK + 1 + along(n // _BLOCK)
-
-    return len(parts) + max(sum(along(part.shape[axis]) for axis in axes) for part in parts)
-
-
-def _layer(parts: Arrays, grid: ArrayLike, axes: Axes) -> tuple[jax.Array, Arrays]:
-    """The sum of non-negative entries rounded down to multiples of ``grid``, and what is left.
-
-    Multiples of a power of two that add up to less than 2 / eps of it add without rounding, in any
-    order: the sum has the same bits on every device and under every compiler.
-    """
-    coarse = tuple(jnp.floor(x / grid) * grid for x in parts)
-    return _total(coarse, axes), tuple(x - y for x, y in zip(parts, coarse, strict=True))
-
-
-def _total(parts: Arrays, axes: Axes) -> jax.Array:
-    return functools.reduce(jnp.add, (_sum(x, axes) for x in parts))
 
 
 def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
@@ -313,16 +413,28 @@ def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
     )
 
 
+def _layers(parts: Sequence[jax.Array], grid: jax.Array, axes: Axes) -> Pair:
+    """Column sums of non-negative entries rounded down to multiples of ``grid``, and of the rest.
+
+    Multiples of a power of two that add up to less than 2 / eps of it add without rounding, in any
+    order: the first sum has the same bits on every device and under every compiler.
+    """
+    most = grid * (4 / float(jnp.finfo(grid.dtype).eps))  # above what adds without rounding
+    coarse = [jnp.floor(jnp.minimum(x, most) / grid) * grid for x in parts]
+    return _total(coarse, axes), _total([x - y for x, y in zip(parts, coarse, strict=True)], axes)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, correctly rounded but for the last bit's last doubt."""
     a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
-    rough = _sum(a, axes)
+    rough = _total((a,), axes)
     info = jnp.finfo(a.dtype)
     usable = (rough > info.tiny / info.eps) & (rough < jnp.inf)
     grid = _power_of_two(_exponent(jnp.where(usable, rough, 1))) * (2 * info.eps)
-    coarse, rest = _layer((a,), grid, axes)
-    return jnp.squeeze(jnp.where(usable, coarse + _total(rest, axes), rough), axes)
+
+    coarse, rest = _layers((a,), grid, axes)
+    return jnp.squeeze(jnp.where(usable, coarse + rest, rough), axes)
 
 
 @_column_norms.defjvp
@@ -358,85 +470,103 @@ def _times(x: jax.Array, scale: Pair) -> jax.Array:
     return x * scale[0] * scale[1]
 
 
-# --- columns on one scale -------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
 class _Columns(NamedTuple):
-    """Columns scaled so that 1 <= c < 2, and lowered by their maximum where that is far above c.
-
-    Lowering keeps the bits that matter. Where |v| is a billion times c, every entry of the support
-    lies within c of the maximum, and the difference of two such floats is exact. With a metric
-    nothing is lowered, and the result is that of a metric whose last bits differ.
+    """What the search for the thresholds compares, adds up and aims at.
 
     Attributes:
-        magnitude: |v|, one array for each part; scaled, not lowered.
-        key: What is compared with the threshold: the magnitude, lowered, or |v| d on a scale of
-            its own.
+        entries: What thresholds are compared with, one array for each part: the parts themselves,
+            of which only the magnitudes count, or, on a scale of their own, magnitudes.
         slope: How fast a survivor shrinks as the threshold rises, one array for each part; None
             where every slope is 1.
-        top: The largest key.
-        lowered: Whether the keys were lowered.
-        c: The radius, scaled.
-        c_rest: What the float ``c`` leaves out of the radius, in terms of falling size.
-        scale: Two powers of two that take a value to this scale; their product could overflow.
-        unscale: Their reciprocals.
-        outside: Columns that hold an infinity.
-        free: Columns without a constraint, c = inf.
         dtypes: The dtype of each part.
+        c: The radius.
+        c_rest: What the float ``c`` leaves out of the radius, in terms of falling size.
+        floor: The least threshold there is: 0, which leaves a column as it is.
+        outside: Columns known to be outside their ball.
+        free: Columns without a constraint, c = inf.
+        scaling: How the entries were scaled; None where they are the parts.
     """
 
-    magnitude: Arrays
-    key: Arrays
+    entries: Arrays
     slope: Arrays | None
-    top: jax.Array
-    lowered: jax.Array
+    dtypes: tuple[jnp.dtype, ...]
     c: jax.Array
     c_rest: Arrays
-    scale: Pair
-    unscale: Pair
+    floor: jax.Array
     outside: jax.Array
     free: jax.Array
-    dtypes: tuple[jnp.dtype, ...]
+    scaling: "_Scaling | None"
+
+    def magnitude(self, x: jax.Array) -> jax.Array:
+        """The magnitudes of entries."""
+        return jnp.abs(x.astype(self.c.dtype)) if self.scaling is None else x
 
 
-def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes) -> _Columns:
+class _Scaling(NamedTuple):
+    """Magnitudes scaled by a power of two to 1 <= c < 2, or lowered first and then scaled.
+
+    Magnitudes that the scale would take out of range, those of a column far larger than c, are
+    lowered by their maximum. What then underflows is nothing beside the maximum.
+
+    Attributes:
+        up: Two powers of two that take a value to this scale; their product could overflow.
+        down: Their reciprocals.
+        lowered: By how much a column was lowered, 0 for most.
+        infinite: Columns that hold an infinity, beside which every finite entry is nothing.
+    """
+
+    up: Pair
+    down: Pair
+    lowered: jax.Array
+    infinite: jax.Array
+
+    def finite(self, part: jax.Array) -> jax.Array:
+        """Magnitudes, on their own scale, of which none is infinite."""
+        a = jnp.abs(part.astype(self.lowered.dtype))
+        most = jnp.finfo(a.dtype).max
+        return jnp.where(self.infinite, jnp.where(a == jnp.inf, most, 0), a)
+
+    def magnitude(self, part: jax.Array) -> jax.Array:
+        """Magnitudes on the scale."""
+        a = self.finite(part)
+        lowered = _times(a - self.lowered, self.up)
+        return jnp.where(self.lowered > 0, lowered, _rescale(a, self.up))
+
+
+def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, plain: bool) -> _Columns:
+    dtypes = tuple(part.dtype for part in parts)
+    if plain:
+        nothing, no = jnp.zeros_like(c[0]), jnp.zeros(c[0].shape, bool)
+        return _Columns(parts, None, dtypes, c[0], c[1:], nothing, no, no, None)
     dtype = jnp.result_type(jnp.float32, *parts)
     info = jnp.finfo(dtype)
     head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
     radius = jnp.clip(head, 0, info.max)  # a NaN stays one
     exponent = _exponent(jnp.maximum(radius, info.tiny))
-    scale = _scale(-exponent)
-
-    a = tuple(jnp.abs(part.astype(dtype)) for part in parts)
-    infinite = _max(a, axes) == jnp.inf
-    # Beside an infinity every finite entry is nothing.
-    a = tuple(jnp.where(infinite, jnp.where(x == jnp.inf, info.max, 0), x) for x in a)
-    largest = _max(a, axes)
-    magnitude = tuple(_rescale(x, scale) for x in a)
+    up = _scale(-exponent)
+    largest = _max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes)
+    infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
+    far = (largest * 2.0**-40 > radius) & (metric is None)
+    scaling = _Scaling(up, _scale(exponent), jnp.where(far, largest, 0), infinite)
     if metric is None:
-        slope, lowered = None, largest > 2 * radius
-        key = tuple(
-            jnp.where(lowered, _times(x - largest, scale), y)
-            for x, y in zip(a, magnitude, strict=True)
-        )
-        top = jnp.where(lowered, 0, _rescale(largest, scale))
+        entries, slope = tuple(map(scaling.magnitude, parts)), None
     else:
-        lowered = jnp.zeros_like(infinite)
-        key, slope = _weigh(a, largest, exponent, metric, axes)
-        top = _max(key, axes)
+        a = tuple(map(scaling.finite, parts))
+        entries, slope = _weigh(a, largest, exponent, metric, axes)
+    scaled = _times(radius, up)
     return _Columns(
-        magnitude=magnitude,
-        key=key,
+        entries=entries,
         slope=slope,
-        top=top,
-        lowered=lowered,
-        c=_times(radius, scale),
-        c_rest=tuple(_times(x, scale) for x in rest),
-        scale=scale,
-        unscale=_scale(exponent),
-        outside=infinite,
+        dtypes=dtypes,
+        c=scaled,
+        c_rest=tuple(_times(x, up) for x in rest),
+        floor=jnp.where(far, -scaled, 0),
+        outside=infinite | far,
         free=jnp.isposinf(head),
-        dtypes=tuple(part.dtype for part in parts),
+        scaling=scaling,
     )
 
 
@@ -477,12 +607,16 @@ def _weigh(
 
 
 class _Search(NamedTuple):
-    """State of the search for the threshold.
+    """State of the search for the thresholds.
 
     Attributes:
-        trial: The threshold to try next.
+        trial: The threshold to try next; where ``done``, the answer.
         low: The largest one known to leave the column outside.
-        high: The smallest one known to bring it inside; where ``done``, the answer.
+        high: The smallest one known to bring it inside.
+        left: Newton's step from ``low``, or better: left of the root, but for rounding.
+        outside: Columns known to be outside their ball.
+        inside: Columns known to be inside.
+        doubtful: Columns that ordinary sums cannot tell one from the other.
         done: Columns that have their answer.
         passes: How many thresholds were tried.
     """
@@ -490,113 +624,264 @@ class _Search(NamedTuple):
     trial: Pair
     low: Pair
     high: Pair
+    left: Pair
+    outside: jax.Array
+    inside: jax.Array
+    doubtful: jax.Array
     done: jax.Array
     passes: jax.Array
 
 
-def _inside(columns: _Columns, axes: Axes) -> jax.Array:
-    """Whether a column is in its ball, decided exactly, layer of bits by layer of bits.
+def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
+    """The smallest thresholds, but for rounding, whose rounded results are inside the ball."""
+    info = jnp.finfo(columns.c.dtype)
+    eps = float(info.eps)
+    coarsest = max((jnp.finfo(dtype) for dtype in columns.dtypes), key=lambda f: f.eps)
+    most = _NEWTON_PASSES + (0 if columns.slope is None else round(math.log2(_LARGEST_WEIGHT)))
+    zero = jnp.zeros_like(columns.floor)
+    floor = columns.floor, zero
+    unseen = sum(columns.c_rest) * (1 + 4 * eps) + columns.c * _unseen(info)
+    # How far below c a result may end: a few units in the last place, and what is lost where
+    # a 16-bit format runs out of exponents.
+    short = coarsest.eps > info.eps
+    slack = (2 if short else 4) * float(coarsest.eps) * columns.c
+    if short and columns.scaling is not None:
+        n = _length(columns.entries, axes)
+        least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
+        slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
+
+    def unfinished(search: _Search) -> jax.Array:
+        return ~jnp.all(search.done) & (search.passes < _PASSES)
+
+    def step(search: _Search) -> _Search:
+        trial, passes = search.trial, search.passes + 1
+        total, excess, doubt, slope = _survivors(columns, trial, axes, search.passes < _PASSES)
+        above, below = excess + doubt, excess - doubt  # the true excess lies between them
+        feasible, near = above <= 0, above >= -slack
+
+        # The norm itself exceeds c by this much and more: the slope is steepest at the floor.
+        height = _gap(trial, floor) * (1 - 2.0**-20)
+        outside = search.outside | (below + slope * height > unseen)
+        unknown = ~outside & (height <= 0)
+        infinite = (total == jnp.inf) & (trial[0] == info.max)  # none but infinite entries survive
+        done = search.done | (feasible & jnp.where(outside, near, unknown)) | infinite
+        done |= jnp.isnan(excess)
+
+        far = below > 2.0**-8 * columns.c
+        aim = slack / 16 if short else jnp.minimum(doubt, eps / 2 * columns.c)
+        # Entries that tie round alike, so that a step may change nothing: try ever longer ones.
+        stretch = jnp.exp2(jnp.clip(passes - (6 if short else 12), 0, 20).astype(info.dtype))
+        gain = jnp.where(far, below, jnp.where(feasible, above, above * stretch) + aim) / slope
+        newton = _shift(trial, jnp.where(slope > 0, gain, -jnp.inf))
+        # If the tail falls exponentially the root is log(norm / c) times norm / slope away.
+        # Newton falls short of that from the left and far short of it from the right.
+        tail = total / slope * jnp.log(total / columns.c)
+        halfway = _shift(trial, (gain + tail) / 2)
+
+        # Where most of the norm must go the largest entry says more: the threshold is less than c
+        # below it. Reading the entries for it costs less than the passes it saves.
+        steep = (total > _STEEP * columns.c) & ~done & (search.high[0] == info.max)
+        top = lax.cond(
+            jnp.any(steep),
+            lambda: _max(tuple(map(columns.magnitude, columns.entries)), axes),
+            lambda: zero,
+        )
+        beside = _shift((top, zero), -columns.c)
+        beside = _choose(top < jnp.inf, beside, (jnp.full_like(top, info.max), zero))
+
+        low = _choose(feasible, search.low, _larger(trial, search.low))
+        high = _choose(feasible, _smaller(trial, search.high), search.high)
+        high = _choose(steep, (jnp.minimum(top, info.max), zero), high)
+        left = _choose(feasible, search.left, _larger(newton, search.left))
+        left = _choose(steep, _larger(beside, left), left)
+
+        def between(theta: Pair, low: Pair) -> jax.Array:
+            return (_gap(theta, low) > 0) & (_gap(high, theta) > 0)
+
+        ahead = between(halfway, left) & (jnp.abs(excess) > columns.c / 4)
+        following = _choose(ahead, halfway, _larger(newton, left))
+        bisect = (passes > most) & (passes % 2 == 0) | ~between(following, low)
+        bisect &= high[0] < info.max
+        following = _choose(bisect, _shift(low, _gap(high, low) / 2), following)
+        # Ask the norm itself before shrinking a column that may be inside.
+        shrinks = near | ~(_gap(newton, floor) > 0)
+        following = _choose(feasible & shrinks & ~outside, floor, following)
+        following = _choose(passes == _PASSES, high, following)
+        following = _choose(jnp.isnan(excess), (excess, excess), following)
+        return _Search(
+            trial=_choose(done & ~jnp.isnan(excess), trial, following),
+            low=low,
+            high=high,
+            left=left,
+            outside=outside | unknown & ~feasible,
+            inside=search.inside | unknown & feasible,
+            doubtful=search.doubtful | unknown & ~feasible,
+            done=done,
+            passes=passes,
+        )
+
+    start = jnp.where(start > columns.floor, start, columns.floor)
+    search = _Search(
+        trial=(start, zero),
+        low=floor,
+        high=(jnp.full_like(zero, info.max), zero),
+        left=floor,
+        outside=columns.outside,
+        inside=columns.free,
+        doubtful=jnp.zeros_like(columns.outside),
+        done=columns.free,
+        passes=jnp.int32(0),
+    )
+    search = lax.while_loop(unfinished, step, search)
+
+    def decided() -> tuple[Pair, jax.Array]:
+        inside = search.inside | _inside(columns, search.doubtful, axes)
+        return _choose(inside, floor, search.trial), inside
+
+    trial, inside = lax.cond(
+        jnp.any(search.doubtful), decided, lambda: (search.trial, search.inside)
+    )
+    return search._replace(trial=trial, inside=inside)
+
+
+class _Norm(NamedTuple):
+    """The norm of what soft-thresholding leaves of a column, as it will be stored.
+
+    Attributes:
+        total: The norm.
+        excess: How far it is above c.
+        doubt: How far rounding may have taken both from the truth.
+        slope: How fast the norm falls as the threshold rises: the number of survivors.
+    """
+
+    total: jax.Array
+    excess: jax.Array
+    doubt: jax.Array
+    slope: jax.Array
+
+
+def _read(columns: _Columns, theta: Pair, axes: Axes) -> tuple[Arrays, Arrays]:
+    """What soft-thresholding leaves, and how fast each of it shrinks, folded: two lists of sums."""
+    # Without the barrier the compiler takes what does not depend on the threshold, a copy of all
+    # entries cut into slices, out of the loop.
+    entries, theta = lax.optimization_barrier((columns.entries, theta))
+    pairs = []
+    for i, (x, dtype) in enumerate(zip(entries, columns.dtypes, strict=True)):
+        slope = () if columns.slope is None else (columns.slope[i],)
+
+        def values(x: jax.Array, *slope: jax.Array, dtype: jnp.dtype = dtype) -> Arrays:
+            over = (columns.magnitude(x) - theta[0]) - theta[1]
+            dropped = over <= 0  # a NaN is not
+            stored = _as_stored(over * slope[0] if slope else over, dtype, columns)
+            # -0.0 is what addition leaves alone: the compiler can skip instead of add.
+            kept = slope[0] if slope else jnp.ones_like(over)
+            return jnp.where(dropped, -0.0, stored), jnp.where(dropped, -0.0, kept)
+
+        pairs += _fold(values, (x, *slope), axes)
+    norms, slopes = zip(*pairs, strict=True)
+    return norms, slopes
+
+
+def _read_on_cpu(
+    columns: _Columns, theta: Pair, axes: Axes, go: jax.Array
+) -> tuple[Arrays, Arrays]:
+    """As `_read`, each pair of sums as one complex number.
+
+    On the CPU the compiler makes a loop of its own for every result, one that reads all entries,
+    and repeats it for everything that uses the result. Not if the result is one, and of a branch.
+    """
+
+    def read() -> Arrays:
+        return tuple(map(lax.complex, *_read(columns, theta, axes)))
+
+    shapes = jax.eval_shape(read)
+    folded = lax.cond(go, read, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes))
+    return tuple(x.real for x in folded), tuple(x.imag for x in folded)
+
+
+def _survivors(columns: _Columns, theta: Pair, axes: Axes, go: jax.Array) -> _Norm:
+    """The norm at a threshold, in one pass over the entries; ``go`` is true."""
+    eps = float(jnp.finfo(columns.c.dtype).eps)
+    grid = _power_of_two(_exponent(jnp.where(columns.c > 0, columns.c, 1))) * eps
+    norms, slopes = lax.platform_dependent(
+        cpu=lambda: _read_on_cpu(columns, theta, axes, go),
+        default=lambda: _read(columns, theta, axes),
+    )
+    # Near c all that rounds is the fold, and the sum of what is below the grid.
+    coarse, rest = _layers(norms, grid, axes)
+    slope = _total(slopes, axes)
+    total = coarse + rest
+    # Adding up k numbers rounds k - 1 times. A product may be fused with the sum it goes into.
+    folds = _FOLDS if columns.slope is None else _FOLDS + 2
+    least = slope - 1 if columns.slope is None else folds
+    steps = jnp.clip(least, 0, jnp.where(total < 1.5 * columns.c, folds, 2 * _FEW))
+    doubt = (total * steps + 2 * _FEW * rest) * (eps / 2 * (1 + 2.0**-8))
+    return _Norm(total, (coarse - columns.c) + rest, doubt, slope)
+
+
+def _share(columns: _Columns, theta: jax.Array, axes: Axes) -> jax.Array:
+    """The largest value an entry may keep: of k infinite ones, an equal share of c."""
+    info = jnp.finfo(theta.dtype)
+    infinite = theta == info.max
+
+    def share() -> jax.Array:
+        ks = ((jnp.abs(x) == jnp.inf).sum(axes, keepdims=True) for x in columns.entries)
+        k = jnp.maximum(functools.reduce(jnp.add, ks), 1).astype(theta.dtype)
+        whole = k == _power_of_two(_exponent(k))
+        # Rounded down, so that k of them fit into c.
+        return jnp.where(infinite, columns.c / k * jnp.where(whole, 1, 1 - info.eps), jnp.inf)
+
+    return lax.cond(jnp.any(infinite), share, lambda: jnp.full_like(theta, jnp.inf))
+
+
+def _unseen(info: jnp.finfo) -> float:
+    """By how much of c a norm may be above c and still, rounded to float64, be c."""
+    return 0.0 if info.bits == 64 else 2.0**-53 * (1 - 2.0**-10)
+
+
+def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
+    """Which doubtful columns are in their ball, decided exactly, layer of bits by layer of bits.
 
     The multiples of a grid that the entries hold add up without rounding; what lies below the grid
-    adds up to less than n times the grid. Most columns are decided by the first layer. A float32
-    column whose norm, rounded to float64, is c counts as inside.
+    adds up to less than n times the grid. A float32 column whose norm, rounded to float64, is c
+    counts as inside.
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
-    unseen = 2.0**-53 * (1 - 2.0**-10) if eps > 2.0**-52 else 0.0
-    n = _length(columns.magnitude, axes)
+    unseen = _unseen(jnp.finfo(columns.c.dtype))
+    n = _length(columns.entries, axes)
     finer = min(2.0 ** math.ceil(math.log2(max(n, 1))) * eps / 2, 0.5)  # a grid to the last one
     last = min(eps**4, 2.0**-90)
-    magnitude = tuple(jnp.minimum(x, 4) for x in columns.magnitude)  # 4 > c is outside by itself
+    unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
+    radius = columns.c * unit
 
-    def undecided(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
-        known, grid = carry  # the excess is above known - 2 grid and below known + n grid
-        near = (known - 2 * grid <= unseen) & (known + n * grid > unseen)
+    def undecided(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        known, grid, _ = carry  # the excess is above known - 2 grid and below known + n grid
+        near = doubtful & (known - 2 * grid <= unseen) & (known + n * grid > unseen)
         return jnp.any(near) & (grid > last)
 
-    def next_layer(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        known, grid = carry
-        next_grid = grid * finer
+    def next_layer(
+        carry: tuple[jax.Array, jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        known, grid, ratio = carry
+        next_grid = grid * ratio
 
         def layer(x: jax.Array) -> jax.Array:
             return jnp.floor((x - jnp.floor(x / grid) * grid) / next_grid) * next_grid
 
-        known = known + _total(tuple(map(layer, magnitude)), axes)
-        return functools.reduce(jnp.subtract, map(layer, columns.c_rest), known), next_grid
+        entries, known = lax.optimization_barrier((columns.entries, known))
+        for x in entries:  # an entry of 4 > c is outside alone
+            bits = layer(jnp.minimum(columns.magnitude(x) * unit, 4))
+            known = known + bits.sum(axes, keepdims=True)
+        rest = (layer(x * unit) for x in columns.c_rest)
+        return functools.reduce(jnp.subtract, rest, known), next_grid, jnp.full_like(ratio, finer)
 
-    first, _ = _layer(magnitude, eps, axes)
-    grid = jnp.asarray(eps, columns.c.dtype)
-    known, _ = lax.while_loop(undecided, next_layer, (first - columns.c, grid))
-    return columns.free | ((known <= unseen) & ~columns.outside)
-
-
-def _survivors(columns: _Columns, theta: Pair) -> Arrays:
-    """What soft-thresholding leaves of the magnitudes, not yet rounded to the parts' dtypes."""
-    over = tuple((x - theta[0]) - theta[1] for x in columns.key)
-    if columns.slope is not None:
-        over = tuple(x * g for x, g in zip(over, columns.slope, strict=True))
-    return tuple(jnp.maximum(x, 0) for x in over)
+    # Nothing reaches 8, so the first layer, on a grid of eps, is all that is above it.
+    start = -radius, jnp.asarray(8, radius.dtype), jnp.asarray(eps / 8, radius.dtype)
+    known, _, _ = lax.while_loop(undecided, next_layer, start)
+    return doubtful & (known <= unseen)
 
 
-def _slope(columns: _Columns, survivors: Arrays, axes: Axes) -> jax.Array:
-    """How fast the norm falls as the threshold rises: the number of survivors, or their slopes."""
-    slope = columns.slope or tuple(jnp.ones_like(x) for x in survivors)
-    active = tuple(jnp.where(x > 0, g, 0) for x, g in zip(survivors, slope, strict=True))
-    return _total(active, axes)
-
-
-def _lower_bound(columns: _Columns, axes: Axes) -> jax.Array:
-    """A threshold left of the root: no survivor is above c, nor is their mean above c / n."""
-    eps = float(jnp.finfo(columns.c.dtype).eps)
-    c = columns.c * (1 + 2.0**-18)  # so that rounding cannot take the bounds to the right
-    if columns.slope is not None:
-        lone = tuple(
-            x - jnp.abs(x) * (4 * eps) - c / g
-            for x, g in zip(columns.key, columns.slope, strict=True)
-        )
-        return jnp.maximum(_max(lone, axes, initial=-jnp.inf), 0)
-    down = 1 - (_depth(columns.key, axes) + 4) * eps
-    mean = (_total(columns.magnitude, axes) * down - c) / max(_length(columns.key, axes), 1)
-    others = jnp.where(columns.lowered, -jnp.inf, jnp.maximum(mean, 0))
-    return jnp.maximum(columns.top - c, others)
-
-
-def _threshold(
-    columns: _Columns, inside: jax.Array, axes: Axes, method: str
-) -> tuple[Pair, jax.Array]:
-    """The threshold of every column outside its ball, and how many were tried to find it."""
-    low = _lower_bound(columns, axes)
-    if method == "sort":
-        start, passes = _sort(columns, axes), jnp.int32(0)
-    else:
-        start, passes = _newton(columns, jnp.where(inside, columns.top, low), axes)
-    search = _certify(columns, start, low, inside, axes)
-    return search.high, passes + search.passes
-
-
-def _newton(columns: _Columns, start: jax.Array, axes: Axes) -> tuple[Pair, jax.Array]:
-    """Newton's method with ordinary sums, up to a thousandth of c from the root."""
-    most = _NEWTON_PASSES + (0 if columns.slope is None else round(math.log2(_LARGEST_WEIGHT)))
-
-    def unfinished(carry: tuple[Pair, jax.Array, jax.Array]) -> jax.Array:
-        _, close, passes = carry
-        return ~jnp.all(close) & (passes < most)
-
-    def step(carry: tuple[Pair, jax.Array, jax.Array]) -> tuple[Pair, jax.Array, jax.Array]:
-        theta, close, passes = carry
-        survivors = _survivors(columns, theta)
-        excess = _total(survivors, axes) - columns.c
-        slope = _slope(columns, survivors, axes)
-        # A column that was close before this pass stays, however long its neighbours take.
-        usable = ~close & (excess > 0) & (excess < jnp.inf)
-        theta = _shift(theta, jnp.where(usable, excess / slope, 0))
-        return theta, close | ~(excess > 2.0**-10 * columns.c), passes + 1
-
-    carry = (start, jnp.zeros_like(start)), jnp.zeros_like(columns.lowered), jnp.int32(0)
-    theta, _, passes = lax.while_loop(unfinished, step, carry)
-    return theta, passes
-
-
-def _sort(columns: _Columns, axes: Axes) -> Pair:
+def _sort(columns: _Columns, axes: Axes) -> jax.Array:
     """Algorithm 2 of the paper (Duchi et al. 2008), vmapped over columns."""
 
     def threshold(key: jax.Array, slope: jax.Array, c: jax.Array) -> jax.Array:
@@ -614,80 +899,20 @@ def _sort(columns: _Columns, axes: Axes) -> Pair:
             axis=1,
         )
 
-    keys = rows(columns.key)
+    keys = rows(tuple(map(columns.magnitude, columns.entries)))
     if keys.size == 0:
-        return jnp.zeros_like(columns.c), jnp.zeros_like(columns.c)
+        return columns.floor
     slopes = jnp.ones_like(keys) if columns.slope is None else rows(columns.slope)
-    theta = jax.vmap(threshold)(keys, slopes, columns.c.reshape(-1)).reshape(columns.c.shape)
-    return theta, jnp.zeros_like(theta)
-
-
-def _certify(
-    columns: _Columns, trial: Pair, low: jax.Array, inside: jax.Array, axes: Axes
-) -> _Search:
-    """The smallest threshold, but for rounding, whose rounded result is in the ball.
-
-    Newton's method on the exact sum of the result as it will be stored. It normally ends at the
-    second pass: the first finds the excess, the second confirms that it is gone. A bracket and
-    bisection bound the number of passes whatever rounding does; ``high`` is feasible at all times.
-    """
-    info = jnp.finfo(columns.c.dtype)
-    coarsest = max((jnp.finfo(dtype) for dtype in columns.dtypes), key=lambda f: f.eps)
-    n = _length(columns.key, axes)
-    # How far below c a result may end: a few units in the last place, and what is lost where
-    # its format runs out of exponents. Aiming half a unit below c makes the next pass the last one.
-    smallest = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
-    quantum = float(smallest) * n * columns.scale[0] * columns.scale[1]
-    slack = (4 if coarsest.eps == info.eps else 2) * float(coarsest.eps) * columns.c + quantum
-    aim = float(info.eps) / 2
-
-    def unfinished(search: _Search) -> jax.Array:
-        return ~jnp.all(search.done) & (search.passes < _PASSES)
-
-    def step(search: _Search) -> _Search:
-        survivors = _survivors(columns, search.trial)
-        excess = _excess(columns, survivors, axes)
-        slope = _slope(columns, survivors, axes)
-        feasible = excess <= 0
-        done = search.done | (feasible & (excess >= -slack)) | jnp.isnan(excess)
-        closer = ~search.done & (_gap(search.trial, search.low) > 0)
-        low = _choose(closer & ~feasible, search.trial, search.low)
-        closer = ~search.done & (_gap(search.high, search.trial) > 0)
-        high = _choose(closer & feasible, search.trial, search.high)
-        # Entries that tie round alike, so a step may change nothing: try one twice as long.
-        longer = jnp.where(
-            feasible, 1.0, jnp.exp2(jnp.minimum(search.passes, 20).astype(info.dtype))
-        )
-        newton = _shift(search.trial, longer * (excess + aim) / slope)
-        between = (_gap(newton, low) > 0) & (_gap(high, newton) > 0)
-        bisect = (search.passes >= _NEWTON_PASSES) & (search.passes % 2 == 1)
-        middle = _shift(low, _gap(high, low) / 2)
-        trial = _choose(between & ~bisect, newton, middle)
-        return _Search(_choose(done, high, trial), low, high, done, search.passes + 1)
-
-    zero = jnp.zeros_like(low)
-    high = columns.top + (columns.c - columns.c), zero  # NaN if c is
-    done = inside | jnp.isnan(high[0]) | (columns.c == 0)
-    search = _Search(_choose(done, high, trial), (low, zero), high, done, jnp.int32(0))
-    return lax.while_loop(unfinished, step, search)
-
-
-def _excess(columns: _Columns, survivors: Arrays, axes: Axes) -> jax.Array:
-    """How far the column's norm, as it will be stored, is above c: an upper bound, and tight."""
-    eps = float(jnp.finfo(columns.c.dtype).eps)
-    stored = tuple(
-        jnp.minimum(_as_stored(x, dtype, columns), 4)
-        for x, dtype in zip(survivors, columns.dtypes, strict=True)
-    )
-    coarse, rest = _layer(stored, eps, axes)
-    return (coarse - columns.c) + _total(rest, axes) * (1 + (_depth(stored, axes) + 2) * eps)
+    return jax.vmap(threshold)(keys, slopes, columns.c.reshape(-1)).reshape(columns.c.shape)
 
 
 def _as_stored(x: jax.Array, dtype: jnp.dtype, columns: _Columns) -> jax.Array:
-    """Scaled survivors, rounded as they will be in ``dtype``."""
+    """Survivors, rounded as they will be in ``dtype``, on the scale of ``columns``."""
     if dtype == x.dtype:
         return x
-    return _times(round_to(_times(x, columns.unscale), dtype), columns.scale)
+    if columns.scaling is None:
+        return round_to(x, dtype)
+    return _times(round_to(_times(x, columns.scaling.down), dtype), columns.scaling.up)
 
 
 def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -722,6 +947,16 @@ def _gap(a: Pair, b: Pair) -> jax.Array:
     return (a[0] - b[0]) + (a[1] - b[1])
 
 
+def _larger(a: Pair, b: Pair) -> Pair:
+    """The larger of two; ``b`` if ``a`` is not a number."""
+    return _choose(_gap(a, b) > 0, a, b)
+
+
+def _smaller(a: Pair, b: Pair) -> Pair:
+    """The smaller of two; ``b`` if ``a`` is not a number."""
+    return _choose(_gap(a, b) < 0, a, b)
+
+
 def _choose(condition: jax.Array, a: Pair, b: Pair) -> Pair:
     return jnp.where(condition, a[0], b[0]), jnp.where(condition, a[1], b[1])
 
@@ -729,36 +964,152 @@ def _choose(condition: jax.Array, a: Pair, b: Pair) -> Pair:
 # --- the projection and its derivative ------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "method"))
-def _solve(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, method: str) -> Arrays:
-    columns = _columns(parts, c, metric, axes)
-    inside = _inside(columns, axes)
-    theta, _ = _threshold(columns, inside, axes, method)
-    survivors = _survivors(columns, theta)
-    results = []
-    for part, survivor in zip(parts, survivors, strict=True):
-        w = round_to(_times(survivor, columns.unscale), part.dtype).astype(part.dtype)
-        signed = jnp.where(w == 0, 0, jnp.copysign(w, part))
-        results.append(jnp.where(inside, part, signed))
-    return tuple(results)
+class _Found(NamedTuple):
+    """What the search has found of each column; enough to project its entries one by one.
+
+    Attributes:
+        theta: The threshold of the column's entries on their scale.
+        inside: Whether the column is inside its ball.
+        share: The largest value an entry may keep.
+        scaling: The entries' scale, as in `_Columns`.
+        threshold: The threshold of the parts themselves.
+        passes: How many thresholds were tried.
+    """
+
+    theta: Pair
+    inside: jax.Array
+    share: jax.Array
+    scaling: _Scaling | None
+    threshold: jax.Array
+    passes: jax.Array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _project(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, method: str) -> Arrays:
-    return _solve(parts, c, metric, axes, method)
+def _find(columns: _Columns, start: jax.Array, axes: Axes, method: str) -> _Found:
+    scaling = columns.scaling
+    if method == "sort":
+        start = _sort(columns, axes)
+    elif columns.slope is not None:
+        start = columns.floor
+    elif scaling is not None:
+        start = _times(start - scaling.lowered, scaling.up)
+    search = _search(columns, start, axes)
+    theta = search.trial
+    threshold = theta[0] + theta[1]
+    if columns.slope is not None:
+        threshold = jnp.zeros_like(threshold)
+    elif scaling is not None:
+        threshold = scaling.lowered + _times(threshold, scaling.down)
+    threshold = jnp.where(search.inside, 0, threshold)
+    share = _share(columns, theta[0], axes)
+    return _Found(theta, search.inside, share, scaling, threshold, search.passes)
+
+
+def _shrunk(
+    part: jax.Array, entry: jax.Array, slope: jax.Array | float, found: _Found
+) -> jax.Array:
+    """A part, projected, from its entries as the search has compared them with the threshold."""
+    w = ((entry - found.theta[0]) - found.theta[1]) * slope
+    if found.scaling is None:
+        w = jnp.where(w > found.share, found.share, w)
+    else:
+        w = jnp.where(found.inside, 0, _times(w, found.scaling.down))
+    w = round_to(w, part.dtype).astype(part.dtype)
+    # Inside its ball a column has threshold 0 and survives as it is, but for what computers take
+    # for zero: negative zeros and subnormal numbers.
+    return jnp.where(w <= 0, jnp.where(found.inside, part, 0), jnp.copysign(w, part))
+
+
+Layer = tuple[Any, Arrays]  # operands; the start and the terms of the radius, by column
+Solution = tuple[tuple[Arrays, jax.Array, jax.Array], ...]
+
+
+@functools.partial(jax.jit, static_argnames=("make", "axes", "method", "plain"))
+def _solve(
+    layers: tuple[Layer, ...],
+    metric: Arrays | None,
+    make: Callable[..., Arrays],
+    axes: Axes,
+    method: str,
+    plain: bool,
+) -> Solution:
+    if len(layers) == 1:
+        ((operands, (start, *c)),) = layers
+        parts = make(*operands)
+        columns = _columns(parts, tuple(c), metric, axes, plain)
+        found = _find(columns, start, axes, method)
+        entries = tuple(map(columns.magnitude, columns.entries))
+        slopes = columns.slope or (1.0,) * len(parts)
+        return (_solution(parts, entries, slopes, found),)
+
+    # The layers take turns in one loop: one computation for all, and memory for one.
+    def turn(by_layer: tuple[jax.Array, Arrays]) -> _Found:
+        i, (start, *c) = by_layer
+        parts = lax.switch(i, [functools.partial(make, *operands) for operands, _ in layers])
+        return _find(_columns(parts, tuple(c), None, axes, plain), start, axes, method)
+
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *(x for _, x in layers))
+    founds = lax.map(turn, (jnp.arange(len(layers)), by_column))
+    solutions = []
+    for i, (operands, _) in enumerate(layers):
+        found = jax.tree.map(operator.itemgetter(i), founds)
+        parts = make(*operands)
+        magnitude = jnp.abs if found.scaling is None else found.scaling.magnitude
+        entries = tuple(magnitude(x.astype(found.threshold.dtype)) for x in parts)
+        solutions.append(_solution(parts, entries, (1.0,) * len(parts), found))
+    return tuple(solutions)
+
+
+def _solution(
+    parts: Arrays, entries: Arrays, slopes: Sequence[jax.Array | float], found: _Found
+) -> tuple[Arrays, jax.Array, jax.Array]:
+    results = tuple(map(functools.partial(_shrunk, found=found), parts, entries, slopes))
+    return results, found.threshold, found.passes
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _project(
+    layers: tuple[Layer, ...],
+    metric: Arrays | None,
+    make: Callable[..., Arrays],
+    axes: Axes,
+    method: str,
+    plain: bool,
+) -> Solution:
+    return _solve(layers, metric, make, axes, method, plain)
 
 
 @_project.defjvp
-def _project_jvp(axes: Axes, method: str, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+def _project_jvp(
+    make: Callable[..., Arrays], axes: Axes, method: str, plain: bool, primals: Any, tangents: Any
+) -> tuple[Solution, Any]:
+    (layers, metric), (dlayers, dmetric) = primals, tangents
+    solutions = _project(layers, metric, make, axes, method, plain)
+    dsolutions = []
+    for (operands, _), (doperands, (_, *dc)), (results, threshold, passes) in zip(
+        layers, dlayers, solutions, strict=True
+    ):
+        parts, dparts = jax.jvp(make, operands, doperands)
+        dresults = _tangents(parts, dparts, dc, metric, dmetric, results, axes)
+        nothing = jnp.zeros_like(threshold), np.zeros(passes.shape, jax.dtypes.float0)
+        dsolutions.append((dresults, *nothing))
+    return solutions, tuple(dsolutions)
+
+
+def _tangents(
+    parts: Arrays,
+    dparts: Arrays,
+    dc: Sequence[jax.Array],
+    metric: Arrays | None,
+    dmetric: Arrays,
+    results: Arrays,
+    axes: Axes,
+) -> Arrays:
     """Differentiates the optimality conditions on the support S, where they are linear.
 
     There ``|w| = |v| - theta g`` and ``sum_S |w| = c``. With ``e = d|v| + theta g dd/d``, what the
     entry would do at a fixed threshold, ``dtheta = (sum_S e - dc) / sum_S g`` and
     ``d|w| = e - g dtheta``.
     """
-    parts, c, metric = primals
-    dparts, dc, dmetric = tangents
-    results = _project(parts, c, metric, axes, method)
     dtype = jnp.result_type(jnp.float32, *parts)
     inside = functools.reduce(
         jnp.logical_and,
@@ -785,8 +1136,7 @@ def _project_jvp(axes: Axes, method: str, primals: Any, tangents: Any) -> tuple[
     radius = functools.reduce(jnp.add, (t.astype(dtype) for t in dc))
     weight = over_support(slope)
     dtheta = (over_support(free) - radius) / jnp.where(weight > 0, weight, 1)
-    dresults = tuple(
+    return tuple(
         jnp.where(inside, dv, jnp.where(s, sign * (e - g * dtheta), 0).astype(dv.dtype))
         for dv, s, sign, e, g in zip(dparts, support, signs, free, slope, strict=True)
     )
-    return results, dresults

@@ -17,9 +17,18 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layers, Radii, Radius
-from l1inf_optax._projection import Arrays, Axes, Pair, check_method, project_columns, round_to
+from l1inf_optax._projection import (
+    Arrays,
+    Pair,
+    Projected,
+    Request,
+    check_method,
+    project_all,
+    project_columns,
+    round_to,
+)
 
-Projection = Callable[[Arrays, ArrayLike, Axes], Arrays]
+Projection = Callable[[Callable[..., Arrays], list[Request]], list[Projected]]
 
 
 class KeepParamsInL1InfBallState(NamedTuple):
@@ -27,9 +36,14 @@ class KeepParamsInL1InfBallState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of updates so far: the step a schedule for ``c`` reads.
+        thresholds: For each constrained layer, under the path of its kernel, the threshold that
+            projected each column last; zero where the column was inside the ball. The next search
+            starts there, which saves it passes over the layer. It confirms what it finds, so any
+            other values give the same result to rounding error, only later.
     """
 
     step: jax.Array
+    thresholds: dict[str, jax.Array]
 
 
 def keep_params_in_l1inf_ball(
@@ -88,11 +102,11 @@ def keep_params_in_l1inf_ball(
         >>> grads = jax.grad(lambda p: jnp.sum(model.apply(p, jnp.ones((1, 8)))))(params)
         >>> updates, state = tx.update(grads, state, params)
         >>> params = optax.apply_updates(params, updates)
-        >>> l1inf.l1inf_norm(params["params"]["hidden_0"]["augmented_kernel"])
+        >>> l1inf.l1inf_norm(params["params"]["hidden_0"]["augmented_kernel"]).round(6)
         Array(1., dtype=float32)
     """
     check_method(method)
-    project = functools.partial(project_columns, method=method)
+    project = functools.partial(project_all, method=method)
     return _keep_params_in_ball(project, c, layers)
 
 
@@ -113,14 +127,14 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     Example:
         >>> import jax.numpy as jnp, l1inf_optax as l1inf
         >>> params = {"hidden": {"kernel": jnp.array([[2.0], [1.0]]), "bias": jnp.array([-1.0])}}
-        >>> l1inf.project_params(params, 2.5)["hidden"]["bias"]
+        >>> l1inf.project_params(params, 2.5)["hidden"]["bias"].round(6)
         Array([-0.5], dtype=float32)
     """
     _layers.check_radii(c)
     leaves, structure = _layers.flatten(params)
     for layer, radius in _layers.constrained_layers(params, c, layers):
         columns = layer.columns(leaves)
-        layer.put(project_columns(columns, _at(radius, 0), layer.reduction_axes), leaves)
+        layer.put(project_columns(columns, _at(radius, 0), layer.reduction_axes).parts, leaves)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -131,8 +145,12 @@ def _keep_params_in_ball(
     _layers.check_radii(c)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
-        _layers.constrained_layers(params, c, layers)
-        return KeepParamsInL1InfBallState(step=jnp.zeros([], jnp.int32))
+        leaves, _ = _layers.flatten(params)
+        thresholds = {
+            layer.leaf_path: layer.zeros(leaves)
+            for layer, _ in _layers.constrained_layers(params, c, layers)
+        }
+        return KeepParamsInL1InfBallState(jnp.zeros([], jnp.int32), thresholds)
 
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
@@ -149,19 +167,36 @@ def _keep_params_in_ball(
                 f"updates have the structure {structure}, but params {params_structure}: "
                 "pass the parameters that the gradients belong to"
             )
-        for layer, radius in _layers.constrained_layers(params, c, layers):
-            ps, us = layer.columns(params_leaves), layer.columns(leaves)
-            vs = tuple(map(_stepped, ps, us))
-            ws = project(vs, _at(radius, state.step), layer.reduction_axes)
-            layer.put(tuple(map(_landing_update, ps, us, vs, ws)), leaves)
+        chosen = _layers.constrained_layers(params, c, layers)
+        requests = [
+            Request(
+                operands=(layer.columns(params_leaves), layer.columns(leaves)),
+                c=_at(radius, state.step),
+                axes=layer.reduction_axes,
+                start=state.thresholds[layer.leaf_path],
+            )
+            for layer, radius in chosen
+        ]
+        thresholds = {}
+        for (layer, _), request, projected in zip(
+            chosen, requests, project(_all_stepped, requests), strict=True
+        ):
+            ps, us = request.operands
+            vs = _all_stepped(ps, us)
+            layer.put(tuple(map(_landing_update, ps, us, vs, projected.parts)), leaves)
+            thresholds[layer.leaf_path] = projected.threshold
         step = optax.safe_increment(state.step)
-        return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step)
+        return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def _at(radius: Radius, step: ArrayLike) -> ArrayLike:
     return radius(step) if callable(radius) else radius
+
+
+def _all_stepped(ps: Arrays, us: Arrays) -> Arrays:
+    return tuple(map(_stepped, ps, us))
 
 
 @jax.custom_jvp

@@ -403,13 +403,47 @@ def test_the_step_can_be_differentiated_in_the_radius_and_the_updates():
     jax.test_util.check_grads(after, (0.7, updates), order=1, modes=["fwd", "rev"], eps=1e-6)
 
 
-def test_the_state_is_a_pytree_of_one_array_that_orbax_restores(tmp_path):
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0, 1e30])
+def test_wrong_thresholds_in_the_state_change_nothing_but_last_bits(wrong):
+    params, _ = task()
+    tx = KEEP({"hidden_*": 0.5})
+    updates = like(np.random.default_rng(0), params, 0.3)
+    state = tx.init(params)
+    spoilt = state._replace(thresholds=jax.tree.map(lambda t: t + wrong, state.thresholds))
+    expected, got = (
+        optax.apply_updates(params, tx.update(updates, s, params)[0]) for s in (state, spoilt)
+    )
+    chex.assert_trees_all_close(got, expected, atol=1e-6)
+    assert (norms(got["params"]["hidden_0"]["augmented_kernel"]) <= 0.5).all()
+
+
+def test_layers_of_one_shape_are_projected_as_if_alone():
+    rng = np.random.default_rng(0)
+    tree = {
+        f"layer_{i}": {
+            "kernel": jnp.asarray(rng.normal(size=(40, 7)), jnp.float32),
+            "bias": jnp.asarray(rng.normal(size=7), jnp.float32),
+        }
+        for i in range(3)
+    }
+    for c in (2.0, lambda step: 2.0 + 0 * step):  # known when it is compiled, and not
+        together = run(tree, c)
+        updates = like(np.random.default_rng(1), tree, 0.3)
+        for name, layer in tree.items():
+            tx = KEEP(c)
+            alone, _ = tx.update(updates[name], tx.init(layer), layer)
+            chex.assert_trees_all_equal(together[name], optax.apply_updates(layer, alone))
+
+
+def test_the_state_is_a_pytree_of_arrays_that_orbax_restores(tmp_path):
     import orbax.checkpoint as ocp
 
     params, _ = task()
     tx = optax.chain(optax.adam(1e-3), KEEP({"hidden_*": 1.0}))
     _, state = tx.update(params, tx.init(params), params)
-    assert jax.tree.leaves(state[1]) == [1]
+    step, *thresholds = jax.tree.leaves(state[1])
+    assert step == 1
+    assert [t.shape for t in thresholds] == [(16,)]
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
