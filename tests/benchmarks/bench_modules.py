@@ -1,14 +1,10 @@
 """What one augmented matrix costs: forward and backward pass against the plain Flax layers.
 
 `pytest tests/benchmarks/bench_modules.py` times each case with pytest-benchmark;
-`python tests/benchmarks/bench_modules.py` prints the ratios as a Markdown table.
+`python -m tests.benchmarks.bench_modules` prints the ratios as a Markdown table.
 """
 
 from __future__ import annotations
-
-import time
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +15,12 @@ from flax import nnx
 
 from l1inf_optax import linen as l1inf_linen
 from l1inf_optax import nnx as l1inf_nnx
+from tests.benchmarks.timing import Step, interleaved, seconds
 
-SECONDS_PER_CASE = 8
 MLP = (784, 900, 10)
 MLP_BATCH = (128, MLP[0])
 CHANNELS = 64
 CONV_BATCH = (32, 32, 32, CHANNELS)
-
-Step = Callable[[], Any]
 
 
 class PlainLinenMLP(nn.Module):
@@ -95,34 +89,12 @@ CASES = {
 }
 
 
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(step())
-    return time.perf_counter() - start
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["augmented", "plain"])
 def test_forward_and_backward(benchmark, case, kind):
     step = CASES[case]()[["augmented", "plain"].index(kind)]
     seconds(step)
     benchmark(seconds, step)
-
-
-def interleaved(steps: list[Step]) -> np.ndarray:
-    """Seconds of each step in each round: shape `(rounds, len(steps))`.
-
-    The steps take turns, and every other round in reverse, so that the machine's other load and
-    the state in which one step leaves its caches and allocator meet all of them alike.
-    """
-    rounds = max(20, int(SECONDS_PER_CASE / sum(min(seconds(s) for _ in range(3)) for s in steps)))
-    order = list(range(len(steps)))
-    times = np.empty((rounds, len(steps)))
-    for row in times:
-        for index in order:
-            row[index] = seconds(steps[index])
-        order.reverse()
-    return times
 
 
 def main() -> None:
