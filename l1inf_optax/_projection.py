@@ -668,7 +668,7 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         done |= jnp.isnan(excess)
 
         far = below > 2.0**-8 * columns.c
-        aim = slack / 16 if short else jnp.minimum(doubt, eps / 2 * columns.c)
+        aim = slack / 16 if short else jnp.minimum(doubt, 1.5 * eps * columns.c)
         # Entries that tie round alike, so that a step may change nothing: try ever longer ones.
         stretch = jnp.exp2(jnp.clip(passes - (6 if short else 12), 0, 20).astype(info.dtype))
         gain = jnp.where(far, below, jnp.where(feasible, above, above * stretch) + aim) / slope
@@ -702,7 +702,9 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         following = _choose(ahead, halfway, _larger(newton, left))
         bisect = (passes > most) & (passes % 2 == 0) | ~between(following, low)
         bisect &= high[0] < info.max
-        following = _choose(bisect, _shift(low, _gap(high, low) / 2), following)
+        middle = _shift(low, _gap(high, low) / 2)
+        # A threshold may have been refused only because the column might be inside after all.
+        following = _choose(bisect, _choose(unknown, high, middle), following)
         # Ask the norm itself before shrinking a column that may be inside.
         shrinks = near | ~(_gap(newton, floor) > 0)
         following = _choose(feasible & shrinks & ~outside, floor, following)
