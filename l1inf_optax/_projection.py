@@ -762,12 +762,12 @@ class _Norm(NamedTuple):
     slope: jax.Array
 
 
-def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Pair]:
+def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Arrays]:
     """What soft-thresholding leaves, and how fast it shrinks, folded."""
     # Without the barrier the compiler takes what does not depend on the threshold, a copy of all
     # entries cut into slices, out of the loop.
     entries, theta = lax.optimization_barrier((columns.entries, theta))
-    pairs: list[Pair] = []
+    pairs: list[Arrays] = []
     for i, (x, dtype) in enumerate(zip(entries, columns.dtypes, strict=True)):
         slope = () if columns.slope is None else (columns.slope[i],)
 
@@ -783,7 +783,7 @@ def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Pair]:
     return pairs
 
 
-def _in_one_pass(read: Callable[[], Sequence[Pair]], go: jax.Array) -> tuple[Arrays, Arrays]:
+def _in_one_pass(read: Callable[[], list[Arrays]], go: jax.Array) -> tuple[Arrays, Arrays]:
     """The pairs of sums that ``read`` makes, parted; ``go`` is true.
 
     On the CPU the compiler makes a loop of its own for every result, one that reads all entries,
@@ -794,12 +794,12 @@ def _in_one_pass(read: Callable[[], Sequence[Pair]], go: jax.Array) -> tuple[Arr
     def packed() -> Arrays:
         return tuple(lax.complex(*pair) for pair in read())
 
-    def on_cpu() -> list[Pair]:
+    def on_cpu() -> list[Arrays]:
         shapes = jax.eval_shape(packed)
         folded = lax.cond(go, packed, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes))
         return [(x.real, x.imag) for x in folded]
 
-    pairs = lax.platform_dependent(cpu=on_cpu, default=lambda: list(read()))
+    pairs = lax.platform_dependent(cpu=on_cpu, default=read)
     first, second = zip(*pairs, strict=True)
     return first, second
 
@@ -857,17 +857,17 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
     radius = columns.c * unit
 
-    def split(x: jax.Array) -> Pair:
+    def split(x: jax.Array) -> Arrays:
         a = jnp.minimum(columns.magnitude(x) * unit, 4)  # an entry of 4 > c is outside alone
         coarse = jnp.floor(a / eps) * eps
         return coarse, a - coarse
 
-    def read() -> list[Pair]:
+    def read() -> list[Arrays]:
         return [pair for x in columns.entries for pair in _fold(split, (x,), axes)]
 
     coarse, rest = (_total(parts, axes) for parts in _in_one_pass(read, jnp.any(doubtful)))
-    c_rest = sum(x * unit for x in columns.c_rest)
-    excess, doubt = (coarse - radius) + (rest - c_rest), 2 * _FEW * eps * (rest + abs(c_rest))
+    c_rest = functools.reduce(jnp.add, (x * unit for x in columns.c_rest), jnp.zeros_like(rest))
+    excess, doubt = (coarse - radius) + (rest - c_rest), 2 * _FEW * eps * (rest + c_rest)
     inside = doubtful & (excess + doubt <= unseen)
     doubtful &= ~inside & (excess - doubt <= unseen)
 
