@@ -1066,17 +1066,32 @@ def _solve(
         slopes = columns.slope or (1.0,) * len(parts)
         return (_solution(parts, entries, slopes, found),)
 
-    # The layers take turns in one loop: one computation for all, and memory for one.
-    def turn(by_layer: tuple[jax.Array, Arrays]) -> _Found:
-        i, (start, *c) = by_layer
+    # The layers take turns in one loop: one computation for all, and memory for one. What the loop
+    # finds of each leaves it in an array of its own, pushed through a queue: cut out of one array,
+    # at a place of its own, it would make each layer's next loops a kernel to compile, where
+    # layers of one shape can share them.
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *(x for _, x in layers))
+
+    @jax.jit  # traced once, for its form and for the loop
+    def find(i: jax.Array) -> _Found:
+        start, *c = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in by_column)
         parts = lax.switch(i, [functools.partial(make, *operands) for operands, _ in layers])
         return _find(_columns(parts, tuple(c), None, axes, plain), start, axes, method)
 
-    by_column = jax.tree.map(lambda *x: jnp.stack(x), *(x for _, x in layers))
-    founds = lax.map(turn, (jnp.arange(len(layers)), by_column))
+    form = jax.eval_shape(find, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def turn(i: jax.Array, queue: Arrays) -> Arrays:
+        leaves = jax.tree.leaves(find(i.astype(jnp.int32)))
+        rows = [jnp.broadcast_to(x, form.threshold.shape) for x in leaves]
+        return *queue[1:], jnp.stack([x.astype(form.threshold.dtype) for x in rows])
+
+    empty = jnp.zeros((len(jax.tree.leaves(form)), *form.threshold.shape), form.threshold.dtype)
+    queue = lax.fori_loop(0, len(layers), turn, (empty,) * len(layers))
     solutions = []
-    for i, (operands, _) in enumerate(layers):
-        found = jax.tree.map(operator.itemgetter(i), founds)
+    for (operands, _), rows in zip(layers, queue, strict=True):
+        leaves = (x.astype(like.dtype) for x, like in zip(rows, jax.tree.leaves(form), strict=True))
+        found = jax.tree.unflatten(jax.tree.structure(form), leaves)
+        found = found._replace(passes=jnp.max(found.passes, initial=0))
         parts = make(*operands)
         magnitude = jnp.abs if found.scaling is None else found.scaling.magnitude
         entries = tuple(magnitude(x.astype(found.threshold.dtype)) for x in parts)
