@@ -393,7 +393,7 @@ def _fold(values: Callable[..., Arrays], arrays: Arrays, axes: Axes) -> list[Arr
 
 
 def _cut(x: jax.Array, start: int, end: int, axis: int) -> jax.Array:
-    """A slice. XLA's CPU compiler has none of 16-bit floats: it would copy all of x into 32 bits."""
+    """A slice. XLA's CPU compiler has none of 16-bit floats: it converts all of x first."""
     if x.dtype.itemsize > 2:
         return lax.slice_in_dim(x, start, end, axis=axis)
     bits = lax.bitcast_convert_type(x, jnp.uint16)
