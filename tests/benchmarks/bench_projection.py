@@ -31,7 +31,7 @@ from l1inf_optax._projection import project_columns
 from tests.benchmarks.timing import Step, interleaved, seconds
 
 SIZES = ((501, 100), (785, 900), (1001, 300), (4097, 4096), (16385, 4096))
-LARGE = 20_000_000  # entries above which the sorting peers are timed for one kind of column only
+LARGE = 10_000_000  # entries above which the sorting peers are timed for one kind of column only
 MOVED = 1e-3  # size of a training step, relative to the mean weight that is not zero
 ENTRIES = 20_000_000  # of the largest matrix in the growth plot
 
