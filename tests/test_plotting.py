@@ -15,6 +15,7 @@ KERNEL = np.random.default_rng(0).normal(size=(7, 5))
 
 @pytest.fixture(autouse=True)
 def _close_figures():
+    plt.close("all")
     yield
     plt.close("all")
 
