@@ -41,14 +41,14 @@ METHODS = ("newton", "sort")
 # with a metric as many more as its largest ratio has factors of four; real data takes 3 to 8.
 # Rounding has no such theorem: past this number of passes every other one bisects, and the search
 # ends after `_PASSES`, with a feasible column, whatever happens.
-_NEWTON_PASSES = 24
+_NEWTON_PASSES = 48
 _PASSES = 160
 _LARGEST_WEIGHT = 2.0**60
 # A fold adds up `_SLICES` slices, of which an entry meets `_FOLDS` additions; `_FEW` numbers are
 # added up in any order. Above `_STEEP` times c the largest entry of a column is worth a look.
 _SLICES = 16
 _FOLDS = 6
-_FEW = 128
+_FEW = 64
 _STEEP = 32
 # Radii for which nothing needs a scale of its own: no sum that decides anything can overflow, no
 # bit that decides anything can underflow, and what underflows is nothing beside c.
@@ -78,11 +78,13 @@ class Projected(NamedTuple):
         parts: The projected parts, in the shapes and dtypes of what was projected.
         threshold: The thresholds, zero where a column was inside its ball; of the shape of the
             columns. The next projection of similar columns may start from them.
+        inside: Which columns were inside; like the threshold, but ``axes`` are kept.
         passes: int32 scalar, how many times the entries were read to find the thresholds.
     """
 
     parts: Arrays
     threshold: jax.Array
+    inside: jax.Array
     passes: jax.Array
 
 
@@ -268,8 +270,8 @@ def project_all(
     for (*_, axes, plain), members in groups.items():
         layers = tuple(prepared[i] for i in members)
         projected = _project(layers, metric, make, axes, method, plain)
-        for i, (parts, threshold, passes) in zip(members, projected, strict=True):
-            results[i] = Projected(parts, jnp.squeeze(threshold, axes), passes)
+        for i, found in zip(members, projected, strict=True):
+            results[i] = found._replace(threshold=jnp.squeeze(found.threshold, axes))
     return [results[i] for i in range(len(requests))]
 
 
@@ -367,48 +369,142 @@ def _terms(c: Any, dtype: jnp.dtype, xp: Any) -> list[Any]:
 # --- sums -----------------------------------------------------------------------------------------
 
 
-def _fold(values: Callable[..., Arrays], arrays: Arrays, axes: Axes) -> list[Arrays]:
+def _fold(
+    values: Callable[..., Arrays], arrays: Arrays, axes: Axes, add: Callable[..., Arrays]
+) -> list[Arrays]:
     """What ``values`` makes of the entries of ``arrays``, slices of them added up entry by entry.
 
     One vectorised loop reads the entries once, however many results it writes; XLA's own reduction
-    is slower on the CPU with one result, and with two ten times slower. What `_SLICES` slices of
-    the longest of ``axes`` leave over comes second. An entry meets `_FOLDS` additions.
+    is slower on the CPU with one result, and with two ten times slower. What the slices of the
+    longest of ``axes`` leave over comes second. An entry meets `_FOLDS` additions.
     """
     shape = arrays[0].shape
     axis = max(axes, key=lambda a: shape[a], default=None)
-    if axis is None or shape[axis] < _SLICES:
+    if axis is None or shape[axis] < 2:
         return [values(*arrays)]
-    size = shape[axis] // _SLICES
+    pieces = min(_SLICES, shape[axis])
+    size = shape[axis] // pieces
 
     def part(start: int, end: int) -> Arrays:
         return values(*(_cut(x, start, end, axis) for x in arrays))
 
-    slices = [part(i * size, (i + 1) * size) for i in range(_SLICES)]
+    slices = [part(i * size, (i + 1) * size) for i in range(pieces)]
     while len(slices) > 1:  # in chains of four: compilers skip the zeros of a chain, not of a tree
         chains = [slices[i : i + 4] for i in range(0, len(slices), 4)]
-        slices = [tuple(functools.reduce(jnp.add, x) for x in zip(*y, strict=True)) for y in chains]
-    folded = slices
-    rest = shape[axis] % _SLICES
-    return [*folded, part(shape[axis] - rest, shape[axis])] if rest else folded
+        slices = [functools.reduce(add, chain) for chain in chains]
+    rest = shape[axis] % pieces
+    return [*slices, part(shape[axis] - rest, shape[axis])] if rest else slices
 
 
 def _cut(x: jax.Array, start: int, end: int, axis: int) -> jax.Array:
     """A slice. XLA's CPU compiler has none of 16-bit floats: it converts all of x first."""
     if x.dtype.itemsize > 2:
         return lax.slice_in_dim(x, start, end, axis=axis)
-    bits = lax.bitcast_convert_type(x, jnp.uint16)
-    return lax.bitcast_convert_type(lax.slice_in_dim(bits, start, end, axis=axis), x.dtype)
+    bits = lax.slice_in_dim(_bits(x), start, end, axis=axis)
+    return lax.bitcast_convert_type(bits, x.dtype)
 
 
-def _total(parts: Sequence[jax.Array], axes: Axes) -> jax.Array:
-    """Column sums, along ``axes``, which are kept, of all parts together.
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
 
-    Folds until few enough are left that it does not matter how they are added up.
+
+def _plain(a: Arrays, b: Arrays) -> Arrays:
+    return tuple(map(jnp.add, a, b))
+
+
+def _doubled(a: Arrays, b: Arrays) -> Arrays:
+    """Adds unevaluated sums of two floats (Knuth); whatever else comes with them as usual."""
+    head = a[0] + b[0]
+    moved = head - a[0]
+    error = (a[0] - (head - moved)) + (b[0] - moved)
+    return head, error + (a[1] + b[1]), *_plain(a[2:], b[2:])
+
+
+def _total(
+    read: Callable[[], list[Arrays]],
+    axes: Axes,
+    go: jax.Array,
+    first: Callable[..., Arrays] = lambda *x: x,
+) -> Arrays:
+    """Column sums, along ``axes``, which are kept, in doubled precision.
+
+    An entry meets D additions, at most 6 for every factor of 16 and `_FEW`, each of which rounds
+    the sum by eps / 2 at most; what it rounds is added up again, and lost is D^2 eps^2 of the sum.
+
+    Args:
+        read: Returns pairs of arrays, entries folded.
+        axes: The axes a column runs along.
+        go: True, but not to the compiler.
+        first: From such a pair to what is added up: an unevaluated sum of two floats, and what
+            comes with it.
+
+    Returns:
+        The sum of two floats, and the ordinary sums of what came with it.
     """
-    few = [x.sum(axes, keepdims=True) for x in parts if _length((x,), axes) <= _FEW]
-    many = [x for x in parts if _length((x,), axes) > _FEW]
-    folded = [y for x in many for (y,) in _fold(lambda x: (x,), (x,), axes)]
-    return functools.reduce(jnp.add, [*few, _total(folded, axes)] if folded else few)
+
+    def fold(rows: list[Arrays]) -> list[Arrays]:
+        return [y for x in rows for y in _fold(lambda *x: x, x, axes, _doubled)]
+
+    def few(rows: list[Arrays]) -> list[Arrays]:
+        columns = tuple(1 if i in axes else n for i, n in enumerate(rows[0][0].shape))
+        nothing = tuple(jnp.zeros(columns, x.dtype) for x in rows[0])
+        return [functools.reduce(_doubled, (y for x in rows for y in _single(x, axes)), nothing)]
+
+    rows = jax.eval_shape(lambda: [first(*x) for x in read()])
+    later = []
+    while sum(_length(x[:1], axes) for x in rows) > _FEW:
+        rows = jax.eval_shape(fold, rows)
+        later.append(fold)
+    second, *others = [*later, few]
+    ((total, error, *rest),) = _in_stages(
+        read, [lambda rows: second([first(*x) for x in rows]), *others], go
+    )
+    # A sum that has overflown has no rounding error.
+    return total, jnp.where(jnp.abs(total) < jnp.inf, error, 0), *rest
+
+
+def _in_stages(
+    read: Callable[[], list[Arrays]],
+    later: Sequence[Callable[[list[Arrays]], list[Arrays]]],
+    go: jax.Array,
+) -> list[Arrays]:
+    """What the stages make of each other's results, each computed once; ``go`` is true.
+
+    On the CPU the compiler makes a loop of its own for every result, one that reads all entries,
+    and repeats it for everything that uses the result. Not for what a branch returns, and not for
+    two results that are one complex number.
+    """
+
+    def pack(rows: list[Arrays]) -> list[Arrays]:
+        return [(lax.complex(*x[:2]), *x[2:]) for x in rows]
+
+    def unpack(rows: list[Arrays]) -> list[Arrays]:
+        return [(x.real, x.imag, *rest) for x, *rest in rows]
+
+    def once(compute: Callable[[], list[Arrays]]) -> list[Arrays]:
+        shapes = jax.eval_shape(compute)
+        nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return lax.cond(go, compute, nothing)
+
+    def on_cpu() -> list[Arrays]:
+        rows = once(lambda: pack(read()))
+        for stage in later:
+            rows = once(lambda stage=stage, rows=rows: pack(stage(unpack(rows))))
+        return unpack(rows)
+
+    def elsewhere() -> list[Arrays]:
+        return functools.reduce(lambda rows, stage: stage(rows), later, read())
+
+    return lax.platform_dependent(cpu=on_cpu, default=elsewhere)
+
+
+def _single(arrays: Arrays, axes: Axes) -> list[Arrays]:
+    """The arrays, cut into one entry a column."""
+    if not axes:
+        return [arrays]
+    n = range(arrays[0].shape[axes[0]])
+    cut = [tuple(lax.slice_in_dim(x, i, i + 1, axis=axes[0]) for x in arrays) for i in n]
+    return [y for x in cut for y in _single(x, axes[1:])]
 
 
 def _length(parts: Arrays, axes: Axes) -> int:
@@ -421,28 +517,15 @@ def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
     )
 
 
-def _layers(parts: Sequence[jax.Array], grid: jax.Array, axes: Axes) -> Pair:
-    """Column sums of non-negative entries rounded down to multiples of ``grid``, and of the rest.
-
-    Multiples of a power of two that add up to less than 2 / eps of it add without rounding, in any
-    order: the first sum has the same bits on every device and under every compiler.
-    """
-    most = grid * (4 / float(jnp.finfo(grid.dtype).eps))  # above what adds without rounding
-    coarse = [jnp.floor(jnp.minimum(x, most) / grid) * grid for x in parts]
-    return _total(coarse, axes), _total([x - y for x, y in zip(parts, coarse, strict=True)], axes)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, correctly rounded but for the last bit's last doubt."""
     a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
-    rough = _total((a,), axes)
-    info = jnp.finfo(a.dtype)
-    usable = (rough > info.tiny / info.eps) & (rough < jnp.inf)
-    grid = _power_of_two(_exponent(jnp.where(usable, rough, 1))) * (2 * info.eps)
-
-    coarse, rest = _layers((a,), grid, axes)
-    return jnp.squeeze(jnp.where(usable, coarse + rest, rough), axes)
+    go = jnp.asarray(True)
+    total, error = _total(
+        lambda: _fold(lambda x: (x, jnp.zeros_like(x)), (a,), axes, _doubled), axes, go
+    )
+    return jnp.squeeze(total + error, axes)
 
 
 @_column_norms.defjvp
@@ -614,29 +697,24 @@ def _weigh(
 # --- the threshold --------------------------------------------------------------------------------
 
 
+# What is known of a column, in bits: it is outside its ball, it may be inside after all, it is
+# inside, it has its answer, a threshold was too large, its largest entry was read.
+_OUTSIDE, _DOUBTFUL, _INSIDE, _DONE, _CROSSED, _TOPPED = (1 << i for i in range(6))
+
+
 class _Search(NamedTuple):
     """State of the search for the thresholds.
 
     Attributes:
-        trial: The threshold to try next; where ``done``, the answer.
-        low: The largest one known to leave the column outside.
-        high: The smallest one known to bring it inside.
-        left: Newton's step from ``low``, or better: left of the root, but for rounding.
-        outside: Columns known to be outside their ball.
-        inside: Columns known to be inside.
-        doubtful: Columns that ordinary sums cannot tell one from the other.
-        done: Columns that have their answer.
+        trial: The threshold to try next; where done, the answer.
+        left: The largest known to be left of the root, but for rounding.
+        known: Bits of what is known.
         passes: How many thresholds were tried.
     """
 
     trial: Pair
-    low: Pair
-    high: Pair
-    left: Pair
-    outside: jax.Array
-    inside: jax.Array
-    doubtful: jax.Array
-    done: jax.Array
+    left: jax.Array
+    known: jax.Array
     passes: jax.Array
 
 
@@ -659,36 +737,42 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
 
     def unfinished(search: _Search) -> jax.Array:
-        return ~jnp.all(search.done) & (search.passes < _PASSES)
+        return jnp.any(search.known & _DONE == 0) & (search.passes < _PASSES)
 
     def step(search: _Search) -> _Search:
-        trial, passes = search.trial, search.passes + 1
+        trial, known, passes = search.trial, search.known, search.passes + 1
         total, excess, doubt, slope = _survivors(columns, trial, axes, search.passes < _PASSES)
         above, below = excess + doubt, excess - doubt  # the true excess lies between them
-        feasible, near = above <= 0, above >= -slack
+        feasible, late = above <= 0, passes > most
+        near = (above >= -slack) | late
 
         # The norm itself exceeds c by this much and more: the slope is steepest at the floor.
         height = _gap(trial, floor) * (1 - 2.0**-20)
-        outside = search.outside | (below + slope * height > unseen)
-        unknown = ~outside & (height <= 0)
+        outside = (known & _OUTSIDE > 0) | (below + slope * height > unseen)
+        asked = ~outside & (height <= 0)
         infinite = (total == jnp.inf) & (trial[0] == info.max)  # none but infinite entries survive
-        done = search.done | (feasible & jnp.where(outside, near, unknown)) | infinite
+        done = (known & _DONE > 0) | (feasible & jnp.where(outside, near, asked)) | infinite
         done |= jnp.isnan(excess)
 
-        far = below > 2.0**-8 * columns.c
         aim = slack / 16 if short else jnp.minimum(doubt, 1.5 * eps * columns.c)
-        # Entries that tie round alike, so that a step may change nothing: try ever longer ones.
-        stretch = jnp.exp2(jnp.clip(passes - (6 if short else 12), 0, 20).astype(info.dtype))
-        gain = jnp.where(far, below, jnp.where(feasible, above, above * stretch) + aim) / slope
-        newton = _shift(trial, jnp.where(slope > 0, gain, -jnp.inf))
+        # Entries that tie round alike, so that a step may change nothing: try longer ones, and in
+        # the end ones that are sure to be long enough.
+        stretch = jnp.exp2(jnp.clip(passes - (4 if short else 12), 0, 3).astype(info.dtype))
+        last = jnp.exp2(jnp.maximum(passes - most, 0).astype(info.dtype))
+        far = below > 2.0**-8 * columns.c
+        close = jnp.minimum((above + aim) * jnp.where(feasible, 1, stretch), above + slack / 2)
+        gain = jnp.where(far, below * (1 - 4 * eps), close) / slope  # a quotient rounds, too
+        newton = _shift(trial, jnp.where(total < jnp.inf, gain, 0) * last)
         # If the tail falls exponentially the root is log(norm / c) times norm / slope away.
         # Newton falls short of that from the left and far short of it from the right.
         tail = total / slope * jnp.log(total / columns.c)
-        halfway = _shift(trial, (gain + tail) / 2)
+        ahead = (jnp.abs(excess) > columns.c / 4) & (known & _CROSSED == 0)
+        halfway = _shift(trial, jnp.where(ahead, (gain + tail) / 2, jnp.nan))
+        following = _larger(halfway, newton)
 
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.
-        steep = (total > _STEEP * columns.c) & ~done & (search.high[0] == info.max)
+        steep = (total > _STEEP * columns.c) & ~done & (known & _TOPPED == 0)
         top = lax.cond(
             jnp.any(steep),
             lambda: _max(tuple(map(columns.magnitude, columns.entries)), axes),
@@ -696,62 +780,46 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         )
         beside = _shift((top, zero), -columns.c)
         beside = _choose(top < jnp.inf, beside, (jnp.full_like(top, info.max), zero))
+        following = _choose(steep, _larger(newton, beside), following)
 
-        low = _choose(feasible, search.low, _larger(trial, search.low))
-        high = _choose(feasible, _smaller(trial, search.high), search.high)
-        high = _choose(steep, (jnp.minimum(top, info.max), zero), high)
-        left = _choose(feasible, search.left, _larger(newton, search.left))
-        left = _choose(steep, _larger(beside, left), left)
-
-        def between(theta: Pair, low: Pair) -> jax.Array:
-            return (_gap(theta, low) > 0) & (_gap(high, theta) > 0)
-
-        ahead = between(halfway, left) & (jnp.abs(excess) > columns.c / 4)
-        following = _choose(ahead, halfway, _larger(newton, left))
-        bisect = (passes > most) & (passes % 2 == 0) | ~between(following, low)
-        bisect &= high[0] < info.max
-        middle = _shift(low, _gap(high, low) / 2)
-        # A threshold may have been refused only because the column might be inside after all.
-        following = _choose(bisect, _choose(unknown, high, middle), following)
+        # Entries were rounded to be stored, so that the norm may be too large by as much.
+        left = trial[0] + jnp.maximum(below - total * float(coarsest.eps) - slack, 0) / slope
+        left = left - jnp.abs(left) * (4 * eps)
+        lower = jnp.where(trial[0] > search.left, search.left, columns.floor)
+        left = jnp.where(feasible | ~(left > lower), lower, left)
+        following = _larger(following, (left, zero))
         # Ask the norm itself before shrinking a column that may be inside.
-        shrinks = near | ~(_gap(newton, floor) > 0)
-        following = _choose(feasible & shrinks & ~outside, floor, following)
-        following = _choose(passes == _PASSES, high, following)
+        ask = ~outside & ~asked & (feasible & (near | ~(_gap(newton, floor) > 0)) | late)
+        following = _choose(ask, floor, following)
+        following = _choose(passes == _PASSES, (jnp.full_like(zero, info.max), zero), following)
         following = _choose(jnp.isnan(excess), (excess, excess), following)
+        bits = (
+            (_OUTSIDE, outside | asked & ~feasible),
+            (_INSIDE, asked & feasible),
+            (_DOUBTFUL, asked & ~feasible),
+            (_DONE, done),
+            (_CROSSED, feasible),
+            (_TOPPED, steep),
+        )
         return _Search(
             trial=_choose(done & ~jnp.isnan(excess), trial, following),
-            low=low,
-            high=high,
             left=left,
-            outside=outside | unknown & ~feasible,
-            inside=search.inside | unknown & feasible,
-            doubtful=search.doubtful | unknown & ~feasible,
-            done=done,
+            known=functools.reduce(jnp.bitwise_or, (jnp.where(x, bit, 0) for bit, x in bits), known),
             passes=passes,
         )
 
     start = jnp.where(start > columns.floor, start, columns.floor)
-    search = _Search(
-        trial=(start, zero),
-        low=floor,
-        high=(jnp.full_like(zero, info.max), zero),
-        left=floor,
-        outside=columns.outside,
-        inside=columns.free,
-        doubtful=jnp.zeros_like(columns.outside),
-        done=columns.free,
-        passes=jnp.int32(0),
-    )
+    known = jnp.where(columns.outside, _OUTSIDE, 0) | jnp.where(columns.free, _INSIDE | _DONE, 0)
+    search = _Search((start, zero), columns.floor, known, jnp.int32(0))
     search = lax.while_loop(unfinished, step, search)
+    doubtful = search.known & _DOUBTFUL > 0
 
     def decided() -> tuple[Pair, jax.Array]:
-        inside = search.inside | _inside(columns, search.doubtful, axes)
-        return _choose(inside, floor, search.trial), inside
+        inside = _inside(columns, doubtful, axes)
+        return _choose(inside, floor, search.trial), jnp.where(inside, _INSIDE, 0) | search.known
 
-    trial, inside = lax.cond(
-        jnp.any(search.doubtful), decided, lambda: (search.trial, search.inside)
-    )
-    return search._replace(trial=trial, inside=inside)
+    trial, known = lax.cond(jnp.any(doubtful), decided, lambda: (search.trial, search.known))
+    return search._replace(trial=trial, known=known)
 
 
 class _Norm(NamedTuple):
@@ -787,46 +855,24 @@ def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Arrays]:
             kept = slope[0] if slope else jnp.ones_like(over)
             return jnp.where(dropped, -0.0, stored), jnp.where(dropped, -0.0, kept)
 
-        pairs += _fold(values, (x, *slope), axes)
+        pairs += _fold(values, (x, *slope), axes, _plain)
     return pairs
-
-
-def _in_one_pass(read: Callable[[], list[Arrays]], go: jax.Array) -> tuple[Arrays, Arrays]:
-    """The pairs of sums that ``read`` makes, parted; ``go`` is true.
-
-    On the CPU the compiler makes a loop of its own for every result, one that reads all entries,
-    and repeats it for everything that uses the result. Not if the result is one, a complex number,
-    and of a branch.
-    """
-
-    def packed() -> Arrays:
-        return tuple(lax.complex(*pair) for pair in read())
-
-    def on_cpu() -> list[Arrays]:
-        shapes = jax.eval_shape(packed)
-        folded = lax.cond(go, packed, lambda: tuple(jnp.zeros(x.shape, x.dtype) for x in shapes))
-        return [(x.real, x.imag) for x in folded]
-
-    pairs = lax.platform_dependent(cpu=on_cpu, default=read)
-    first, second = zip(*pairs, strict=True)
-    return first, second
 
 
 def _survivors(columns: _Columns, theta: Pair, axes: Axes, go: jax.Array) -> _Norm:
     """The norm at a threshold, in one pass over the entries; ``go`` is true."""
     eps = float(jnp.finfo(columns.c.dtype).eps)
-    grid = _power_of_two(_exponent(jnp.where(columns.c > 0, columns.c, 1))) * eps
-    norms, slopes = _in_one_pass(lambda: _read(columns, theta, axes), go)
-    # Near c all that rounds is the fold, and the sum of what is below the grid.
-    coarse, rest = _layers(norms, grid, axes)
-    slope = _total(slopes, axes)
-    total = coarse + rest
-    # Adding up k numbers rounds k - 1 times. A product may be fused with the sum it goes into.
-    folds = _FOLDS if columns.slope is None else _FOLDS + 2
-    least = slope - 1 if columns.slope is None else folds
-    steps = jnp.clip(least, 0, jnp.where(total < 1.5 * columns.c, folds, 2 * _FEW))
-    doubt = (total * steps + 2 * _FEW * rest) * (eps / 2 * (1 + 2.0**-8))
-    return _Norm(total, (coarse - columns.c) + rest, doubt, slope)
+    total, error, slope = _total(
+        lambda: _read(columns, theta, axes),
+        axes,
+        go,
+        first=lambda norm, slope: (norm, jnp.zeros_like(norm), slope),
+    )
+    # What rounds is the first fold. Adding up k numbers rounds k - 1 times; a product may be fused
+    # with the sum it goes into.
+    steps = _FOLDS + 2 if columns.slope is not None else jnp.clip(slope - 1, 0, _FOLDS)
+    doubt = total * steps * (eps / 2 * (1 + 2.0**-8))
+    return _Norm(total, (total - columns.c) + error, doubt, slope)
 
 
 def _share(columns: _Columns, theta: jax.Array, axes: Axes) -> jax.Array:
@@ -852,9 +898,8 @@ def _unseen(info: jnp.finfo) -> float:
 def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     """Which doubtful columns are in their ball, decided exactly.
 
-    The multiples of a grid that the entries hold add up without rounding; what lies below the grid
-    adds up to less than n times the grid. One pass that adds up both leaves a doubt a thousand
-    times smaller; columns still in doubt are decided layer of bits by layer of bits. A float32
+    One pass in doubled precision decides nearly all. Columns still in doubt are decided layer of
+    bits by layer of bits: multiples of a grid add up without rounding, in any order. A float32
     column whose norm, rounded to float64, is c counts as inside.
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
@@ -865,17 +910,17 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
     radius = columns.c * unit
 
-    def split(x: jax.Array) -> Arrays:
-        a = jnp.minimum(columns.magnitude(x) * unit, 4)  # an entry of 4 > c is outside alone
-        coarse = jnp.floor(a / eps) * eps
-        return coarse, a - coarse
+    def scaled(x: jax.Array) -> Arrays:  # an entry of 4 > c is outside alone
+        return jnp.minimum(columns.magnitude(x) * unit, 4), jnp.zeros(x.shape, radius.dtype)
 
     def read() -> list[Arrays]:
-        return [pair for x in columns.entries for pair in _fold(split, (x,), axes)]
+        return [y for x in columns.entries for y in _fold(scaled, (x,), axes, _doubled)]
 
-    coarse, rest = (_total(parts, axes) for parts in _in_one_pass(read, jnp.any(doubtful)))
-    c_rest = functools.reduce(jnp.add, (x * unit for x in columns.c_rest), jnp.zeros_like(rest))
-    excess, doubt = (coarse - radius) + (rest - c_rest), 2 * _FEW * eps * (rest + c_rest)
+    go = jnp.any(doubtful)
+    total, error = _total(read, axes, go)
+    c_rest = functools.reduce(jnp.add, (x * unit for x in columns.c_rest), jnp.zeros_like(error))
+    depth = _FOLDS * math.log(max(n, _SLICES), _SLICES) + _FEW
+    excess, doubt = (total - radius) + (error - c_rest), (depth * eps) ** 2 * total
     inside = doubtful & (excess + doubt <= unseen)
     doubtful &= ~inside & (excess - doubt <= unseen)
 
@@ -1024,9 +1069,10 @@ def _find(columns: _Columns, start: jax.Array, axes: Axes, method: str) -> _Foun
         threshold = jnp.zeros_like(threshold)
     elif scaling is not None:
         threshold = scaling.lowered + _times(threshold, scaling.down)
-    threshold = jnp.where(search.inside, 0, threshold)
+    inside = search.known & _INSIDE > 0
+    threshold = jnp.where(inside, 0, threshold)
     share = _share(columns, theta[0], axes)
-    return _Found(theta, search.inside, share, scaling, threshold, search.passes)
+    return _Found(theta, inside, share, scaling, threshold, search.passes)
 
 
 def _shrunk(
@@ -1038,14 +1084,19 @@ def _shrunk(
         w = jnp.where(w > found.share, found.share, w)
     else:
         w = jnp.where(found.inside, 0, _times(w, found.scaling.down))
-    w = round_to(w, part.dtype).astype(part.dtype)
+    w = round_to(w, part.dtype)
     # Inside its ball a column has threshold 0 and survives as it is, but for what computers take
-    # for zero: negative zeros and subnormal numbers.
-    return jnp.where(w <= 0, jnp.where(found.inside, part, 0), jnp.copysign(w, part))
+    # for zero: negative zeros and subnormal numbers. In bits, as no CPU selects 16-bit floats.
+    bits = _bits(part)
+    sign = bits & _bits(jnp.asarray(-0.0, part.dtype))
+    rest = jnp.where(found.inside, bits, 0)
+    return lax.bitcast_convert_type(
+        jnp.where(w <= 0, rest, _bits(w.astype(part.dtype)) | sign), part.dtype
+    )
 
 
 Layer = tuple[Any, Arrays]  # operands; the start and the terms of the radius, by column
-Solution = tuple[tuple[Arrays, jax.Array, jax.Array], ...]
+Solution = tuple[Projected, ...]  # thresholds with ``axes`` kept
 
 
 @functools.partial(jax.jit, static_argnames=("make", "axes", "method", "plain"))
@@ -1101,9 +1152,9 @@ def _solve(
 
 def _solution(
     parts: Arrays, entries: Arrays, slopes: Sequence[jax.Array | float], found: _Found
-) -> tuple[Arrays, jax.Array, jax.Array]:
+) -> Projected:
     results = tuple(map(functools.partial(_shrunk, found=found), parts, entries, slopes))
-    return results, found.threshold, found.passes
+    return Projected(results, found.threshold, found.inside, found.passes)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
@@ -1125,13 +1176,20 @@ def _project_jvp(
     (layers, metric), (dlayers, dmetric) = primals, tangents
     solutions = _project(layers, metric, make, axes, method, plain)
     dsolutions = []
-    for (operands, _), (doperands, (_, *dc)), (results, threshold, passes) in zip(
+    for (operands, _), (doperands, (_, *dc)), solution in zip(
         layers, dlayers, solutions, strict=True
     ):
         parts, dparts = jax.jvp(make, operands, doperands)
-        dresults = _tangents(parts, dparts, dc, metric, dmetric, results, axes)
-        nothing = jnp.zeros_like(threshold), np.zeros(passes.shape, jax.dtypes.float0)
-        dsolutions.append((dresults, *nothing))
+        dresults = _tangents(parts, dparts, dc, metric, dmetric, solution, axes)
+        no = functools.partial(np.zeros, dtype=jax.dtypes.float0)
+        dsolutions.append(
+            Projected(
+                dresults,
+                jnp.zeros_like(solution.threshold),
+                no(solution.inside.shape),
+                no(solution.passes.shape),
+            )
+        )
     return solutions, tuple(dsolutions)
 
 
@@ -1141,7 +1199,7 @@ def _tangents(
     dc: Sequence[jax.Array],
     metric: Arrays | None,
     dmetric: Arrays,
-    results: Arrays,
+    solution: Projected,
     axes: Axes,
 ) -> Arrays:
     """Differentiates the optimality conditions on the support S, where they are linear.
@@ -1151,10 +1209,7 @@ def _tangents(
     ``d|w| = e - g dtheta``.
     """
     dtype = jnp.result_type(jnp.float32, *parts)
-    inside = functools.reduce(
-        jnp.logical_and,
-        (jnp.all(w == v, axis=axes, keepdims=True) for w, v in zip(results, parts, strict=True)),
-    )
+    results, _, inside, _ = solution
     support = tuple(w != 0 for w in results)
     signs = tuple(jnp.sign(v).astype(dtype) for v in parts)
     free = tuple(s * dv.astype(dtype) for s, dv in zip(signs, dparts, strict=True))
@@ -1171,7 +1226,8 @@ def _tangents(
         )
 
     def over_support(values: Arrays) -> jax.Array:
-        return _total(tuple(jnp.where(s, x, 0) for s, x in zip(support, values, strict=True)), axes)
+        kept = (jnp.where(s, x, 0) for s, x in zip(support, values, strict=True))
+        return functools.reduce(jnp.add, (x.sum(axes, keepdims=True) for x in kept))
 
     radius = functools.reduce(jnp.add, (t.astype(dtype) for t in dc))
     weight = over_support(slope)

@@ -181,9 +181,8 @@ def _keep_params_in_ball(
         for (layer, _), request, projected in zip(
             chosen, requests, project(_all_stepped, requests), strict=True
         ):
-            ps, us = request.operands
-            vs = _all_stepped(ps, us)
-            layer.put(tuple(map(_landing_update, ps, us, vs, projected.parts)), leaves)
+            land = functools.partial(_landing_update, inside=projected.inside)
+            layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
             thresholds[layer.leaf_path] = projected.threshold
         step = optax.safe_increment(state.step)
         return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
@@ -224,32 +223,33 @@ def _stepped_jvp(primals: Arrays, tangents: Arrays) -> Pair:
 
 @jax.custom_jvp
 @jax.jit
-def _landing_update(p: jax.Array, u: jax.Array, v: jax.Array, w: jax.Array) -> jax.Array:
-    """The update that takes p to w = proj(v), or next to it on the side of zero.
+def _landing_update(p: jax.Array, u: jax.Array, w: jax.Array, inside: jax.Array) -> jax.Array:
+    """The update that takes p to its projection w, or next to it on the side of zero.
 
     The difference w - p is rounded, by half a unit in its last place; so one unit towards zero, the
     sum cannot round to beyond w. If that crosses zero, w is within a unit of p's last place of it,
-    and zero is where the parameter goes: p - p is exact.
+    and zero is where the parameter goes: p - p is exact. A column ``inside`` keeps its update u.
     """
     dtype = jnp.result_type(p, u)
     wide = jnp.promote_types(dtype, jnp.float32)
-    p_, w_ = p.astype(wide), w.astype(wide)
+    # As if w were positive: products with a sign, and with eps, are exact, however they are fused.
+    sign = jnp.copysign(jnp.ones((), wide), w.astype(wide))
+    p_, w_ = p.astype(wide) * sign, jnp.abs(w.astype(wide))
 
     def lands(step: jax.Array) -> jax.Array:
-        x = _stepped(p, step).astype(wide)
-        return jnp.where(w_ > 0, (x >= 0) & (x <= w_), (x <= 0) & (x >= w_))
+        x = round_to(p_ + step, p.dtype)
+        return (x >= 0) & (x <= w_)
 
     nearest = round_to(w_ - p_, dtype)
-    shorter = round_to(nearest - jnp.sign(w_) * jnp.abs(nearest) * jnp.finfo(dtype).eps, dtype)
-    nearest, shorter = nearest.astype(dtype), shorter.astype(dtype)
-    step = jnp.where(lands(shorter), shorter, (-p).astype(dtype))
-    step = jnp.where(lands(nearest) | jnp.isnan(w), nearest, step)
-    return jnp.where(v == w, round_to(u.astype(wide), u.dtype).astype(dtype), step)
+    shorter = round_to(nearest - jnp.abs(nearest) * jnp.finfo(dtype).eps, dtype)
+    step = jnp.where(lands(shorter), shorter, -p_)
+    step = jnp.where(lands(nearest) | jnp.isnan(w), nearest, step) * sign
+    return jnp.where(inside, round_to(u.astype(wide), u.dtype), step).astype(dtype)
 
 
 @_landing_update.defjvp
 def _landing_update_jvp(primals: Arrays, tangents: Arrays) -> Pair:
-    p, u, v, w = primals
-    dp, _, _, dw = tangents
-    update = _landing_update(p, u, v, w)
+    p, u, w, inside = primals
+    dp, _, dw, _ = tangents
+    update = _landing_update(p, u, w, inside)
     return update, (dw - dp).astype(update.dtype)
