@@ -486,10 +486,13 @@ def _in_stages(
         nothing = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return lax.cond(go, compute, nothing)
 
+    def then(stage: Callable[..., list[Arrays]], rows: list[Arrays]) -> list[Arrays]:
+        return pack(stage(unpack(rows)))
+
     def on_cpu() -> list[Arrays]:
         rows = once(lambda: pack(read()))
         for stage in later:
-            rows = once(lambda stage=stage, rows=rows: pack(stage(unpack(rows))))
+            rows = once(functools.partial(then, stage, rows))
         return unpack(rows)
 
     def elsewhere() -> list[Arrays]:
@@ -570,6 +573,7 @@ class _Columns(NamedTuple):
     Attributes:
         entries: What thresholds are compared with, one array for each part: the parts themselves,
             of which only the magnitudes count, or, on a scale of their own, magnitudes.
+        unweighted: The same without a metric, on the scale of ``c``: what the norm is made of.
         slope: How fast a survivor shrinks as the threshold rises, one array for each part; None
             where every slope is 1.
         dtypes: The dtype of each part.
@@ -582,6 +586,7 @@ class _Columns(NamedTuple):
     """
 
     entries: Arrays
+    unweighted: Arrays
     slope: Arrays | None
     dtypes: tuple[jnp.dtype, ...]
     c: jax.Array
@@ -631,7 +636,7 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, plain:
     dtypes = tuple(part.dtype for part in parts)
     if plain:
         nothing, no = jnp.zeros_like(c[0]), jnp.zeros(c[0].shape, bool)
-        return _Columns(parts, None, dtypes, c[0], c[1:], nothing, no, no, None)
+        return _Columns(parts, parts, None, dtypes, c[0], c[1:], nothing, no, no, None)
     dtype = jnp.result_type(jnp.float32, *parts)
     info = jnp.finfo(dtype)
     head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
@@ -642,14 +647,16 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, plain:
     infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
     far = (largest * 2.0**-40 > radius) & (metric is None)
     scaling = _Scaling(up, _scale(exponent), jnp.where(far, largest, 0), infinite)
+    unweighted = tuple(map(scaling.magnitude, parts))
     if metric is None:
-        entries, slope = tuple(map(scaling.magnitude, parts)), None
+        entries, slope = unweighted, None
     else:
         a = tuple(map(scaling.finite, parts))
         entries, slope = _weigh(a, largest, exponent, metric, axes)
     scaled = _times(radius, up)
     return _Columns(
         entries=entries,
+        unweighted=unweighted,
         slope=slope,
         dtypes=dtypes,
         c=scaled,
@@ -746,12 +753,15 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         feasible, late = above <= 0, passes > most
         near = (above >= -slack) | late
 
-        # The norm itself exceeds c by this much and more: the slope is steepest at the floor.
+        # The norm itself exceeds c by this much and more: the slope is steepest at the floor. Only
+        # there, and without a metric, are entries added up that were not rounded before.
         height = _gap(trial, floor) * (1 - 2.0**-20)
-        outside = (known & _OUTSIDE > 0) | (below + slope * height > unseen)
+        rounded = jnp.where((height > 0) | (columns.slope is not None), total * coarsest.eps, 0)
+        outside = (known & _OUTSIDE > 0) | (below - 2 * rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
+        inside = asked & (above + 2 * rounded <= 0)
         infinite = (total == jnp.inf) & (trial[0] == info.max)  # none but infinite entries survive
-        done = (known & _DONE > 0) | (feasible & jnp.where(outside, near, asked)) | infinite
+        done = (known & _DONE > 0) | (feasible & near & outside) | inside | infinite
         done |= jnp.isnan(excess)
 
         aim = slack / 16 if short else jnp.minimum(doubt, 1.5 * eps * columns.c)
@@ -794,19 +804,17 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         following = _choose(passes == _PASSES, (jnp.full_like(zero, info.max), zero), following)
         following = _choose(jnp.isnan(excess), (excess, excess), following)
         bits = (
-            (_OUTSIDE, outside | asked & ~feasible),
-            (_INSIDE, asked & feasible),
-            (_DOUBTFUL, asked & ~feasible),
+            (_OUTSIDE, outside | asked),
+            (_INSIDE, inside),
+            (_DOUBTFUL, asked & ~inside),
             (_DONE, done),
             (_CROSSED, feasible),
             (_TOPPED, steep),
         )
-        return _Search(
-            trial=_choose(done & ~jnp.isnan(excess), trial, following),
-            left=left,
-            known=functools.reduce(jnp.bitwise_or, (jnp.where(x, bit, 0) for bit, x in bits), known),
-            passes=passes,
-        )
+        for bit, holds in bits:
+            known |= jnp.where(holds, bit, 0)
+        following = _choose(done & ~jnp.isnan(excess), trial, following)
+        return _Search(following, left, known, passes)
 
     start = jnp.where(start > columns.floor, start, columns.floor)
     known = jnp.where(columns.outside, _OUTSIDE, 0) | jnp.where(columns.free, _INSIDE | _DONE, 0)
@@ -904,7 +912,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
     unseen = _unseen(jnp.finfo(columns.c.dtype))
-    n = _length(columns.entries, axes)
+    n = _length(columns.unweighted, axes)
     finer = min(2.0 ** math.ceil(math.log2(max(n, 1))) * eps / 2, 0.5)  # a grid to the last one
     last = min(eps**4, 2.0**-90)
     unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
@@ -914,7 +922,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         return jnp.minimum(columns.magnitude(x) * unit, 4), jnp.zeros(x.shape, radius.dtype)
 
     def read() -> list[Arrays]:
-        return [y for x in columns.entries for y in _fold(scaled, (x,), axes, _doubled)]
+        return [y for x in columns.unweighted for y in _fold(scaled, (x,), axes, _doubled)]
 
     go = jnp.any(doubtful)
     total, error = _total(read, axes, go)
@@ -938,8 +946,8 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         def layer(x: jax.Array) -> jax.Array:
             return jnp.floor((x - jnp.floor(x / grid) * grid) / next_grid) * next_grid
 
-        entries, known = lax.optimization_barrier((columns.entries, known))
-        for x in entries:
+        unweighted, known = lax.optimization_barrier((columns.unweighted, known))
+        for x in unweighted:
             bits = layer(jnp.minimum(columns.magnitude(x) * unit, 4))
             known = known + bits.sum(axes, keepdims=True)
         rest = (layer(x * unit) for x in columns.c_rest)
@@ -1181,15 +1189,12 @@ def _project_jvp(
     ):
         parts, dparts = jax.jvp(make, operands, doperands)
         dresults = _tangents(parts, dparts, dc, metric, dmetric, solution, axes)
-        no = functools.partial(np.zeros, dtype=jax.dtypes.float0)
-        dsolutions.append(
-            Projected(
-                dresults,
-                jnp.zeros_like(solution.threshold),
-                no(solution.inside.shape),
-                no(solution.passes.shape),
-            )
+        nothing: tuple[Any, ...] = (
+            jnp.zeros_like(solution.threshold),
+            np.zeros(solution.inside.shape, jax.dtypes.float0),
+            np.zeros(solution.passes.shape, jax.dtypes.float0),
         )
+        dsolutions.append(Projected(dresults, *nothing))
     return solutions, tuple(dsolutions)
 
 

@@ -214,6 +214,26 @@ def test_columns_on_the_sphere_of_any_float64_radius_are_untouched(n):
     assert (np.asarray(below) != x).any(0).all()
 
 
+@pytest.mark.parametrize("start", [0, 1e-3, 1, "metric"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_columns_on_the_sphere_are_told_apart_wherever_the_search_starts(dtype, start):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(24, 2048)), dtype)
+    norms = np.abs(np.asarray(x, np.float64)).sum(0)
+    c = (norms * (1 + rng.integers(-3, 4, 2048) * 2.0**-24)).astype(np.float32)
+    if start == "metric":
+        metric = jnp.asarray(np.exp(rng.normal(size=x.shape)), jnp.float32)
+        w = l1inf.projection_l1inf_ball(x, c, metric=metric)
+    else:
+        guess = jnp.asarray(start * norms / 24, jnp.float32)
+        w = _projection.project_columns((x,), jnp.asarray(c), (0,), start=guess).parts[0]
+    w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
+    inside = norms <= c
+    assert 0.2 < inside.mean() < 0.8
+    np.testing.assert_array_equal(w[:, inside], x[:, inside])
+    assert (np.abs(w).sum(0) <= c).all()
+
+
 def test_a_column_does_not_depend_on_its_neighbours():
     x, c = random_columns(np.random.default_rng(12))
     together = np.asarray(l1inf.projection_l1inf_ball(x, c))
