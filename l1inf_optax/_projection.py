@@ -14,7 +14,7 @@ Theta is an unevaluated sum of two floats. One is too coarse: a million entries 
 threshold would each be wrong by half a unit in its last place, their sum by some per cent.
 ``(|v| - theta_1) - theta_2`` keeps every entry right to its own last bits.
 
-With a metric d the minimiser of ``sum d (w - v)^2`` is ``sign(v) g max(|v| d - theta, 0)`` with
+With a metric d the minimiser of ``sum d (w - v)^2`` is ``sign(v) max(|v| - theta g, 0)`` with
 ``g = 1 / d``: the same iteration, each entry with slope g.
 """
 
@@ -63,12 +63,18 @@ class Request(NamedTuple):
         c: Radius, positive; a scalar or one value for each column.
         axes: The axes a column runs along, non-negative and sorted.
         start: ``None`` or a guess of the thresholds.
+        slope: ``None`` or how fast each entry shrinks as the threshold rises, in the shapes of the
+            parts, from 2^-60 to 1: the reciprocals of a metric's weights.
+        bounded: Whether magnitudes above 2^60 may count as that, which saves a weighted projection
+            a copy of the entries.
     """
 
     operands: Any
     c: ArrayLike
     axes: Axes
-    start: jax.Array | None
+    start: jax.Array | None = None
+    slope: Arrays | None = None
+    bounded: bool = False
 
 
 class Projected(NamedTuple):
@@ -156,8 +162,8 @@ def projection_l1inf_ball(
             (the shape of ``x`` without ``axis``).
         axis: The axis or axes a column runs along; every other axis is a column index.
         metric: ``None`` or the weights d, of the shape of ``x``, positive and finite. Only ratios
-            within a column matter. A weight 2^60 times that of the entry with the largest
-            ``d |v|`` counts as that, likewise one so much smaller.
+            within a column matter; a weight above 2^60 times the least of its column counts as
+            that.
         method: ``"newton"`` or ``"sort"``.
 
     Returns:
@@ -220,15 +226,15 @@ def project_columns(
                     f"metric has shape {weights.shape}, but x has shape {part.shape}: "
                     "give one weight for each entry"
                 )
-    request = Request(parts, c, axes, start)
-    return project_all(_as_they_are, [request], metric=metric, method=method)[0]
+    slope = None if metric is None else _slopes(parts, metric, axes)
+    request = Request(parts, c, axes, start, slope)
+    return project_all(_as_they_are, [request], method=method)[0]
 
 
 def project_all(
     make: Callable[..., Arrays],
     requests: Sequence[Request],
     *,
-    metric: Arrays | None = None,
     method: str = "newton",
 ) -> list[Projected]:
     """Projects the columns of many layers; those of one kind share one compiled search.
@@ -238,7 +244,6 @@ def project_all(
             called again wherever they are read, so that only one layer's parts need memory of
             their own at a time.
         requests: What to project.
-        metric: As in :func:`project_columns`, of the only request.
         method: ``"newton"`` or ``"sort"``.
 
     Returns:
@@ -250,7 +255,7 @@ def project_all(
     check_method(method)
     groups: dict[Any, list[int]] = {}
     prepared = []
-    for i, (operands, c, axes, start) in enumerate(requests):
+    for i, (operands, c, axes, start, slope, bounded) in enumerate(requests):
         parts = jax.eval_shape(make, *operands)
         for part in parts:
             _check_floating(part.dtype, "the array")
@@ -261,15 +266,16 @@ def project_all(
         by_column = tuple(
             jnp.expand_dims(jnp.broadcast_to(x, columns), axes) for x in (guess, *constant)
         )
-        plain = metric is None and _is_plain(c)
-        prepared.append((operands, by_column))
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (operands, by_column))
+        plain = (slope is None or bounded) and _is_plain(c)
+        layer = operands, slope, by_column
+        prepared.append(layer)
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), layer)
         kind = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)), axes, plain
         groups.setdefault(kind, []).append(i)
     results: dict[int, Projected] = {}
     for (*_, axes, plain), members in groups.items():
         layers = tuple(prepared[i] for i in members)
-        projected = _project(layers, metric, make, axes, method, plain)
+        projected = _project(layers, make, axes, method, plain)
         for i, found in zip(members, projected, strict=True):
             results[i] = found._replace(threshold=jnp.squeeze(found.threshold, axes))
     return [results[i] for i in range(len(requests))]
@@ -573,7 +579,6 @@ class _Columns(NamedTuple):
     Attributes:
         entries: What thresholds are compared with, one array for each part: the parts themselves,
             of which only the magnitudes count, or, on a scale of their own, magnitudes.
-        unweighted: The same without a metric, on the scale of ``c``: what the norm is made of.
         slope: How fast a survivor shrinks as the threshold rises, one array for each part; None
             where every slope is 1.
         dtypes: The dtype of each part.
@@ -586,7 +591,6 @@ class _Columns(NamedTuple):
     """
 
     entries: Arrays
-    unweighted: Arrays
     slope: Arrays | None
     dtypes: tuple[jnp.dtype, ...]
     c: jax.Array
@@ -598,45 +602,80 @@ class _Columns(NamedTuple):
 
     def magnitude(self, x: jax.Array) -> jax.Array:
         """The magnitudes of entries."""
-        return jnp.abs(x.astype(self.c.dtype)) if self.scaling is None else x
+        if self.scaling is not None:
+            return x
+        return _magnitude(x.astype(self.c.dtype), self.slope is not None)
+
+
+def _magnitude(x: jax.Array, weighted: bool) -> jax.Array:
+    """Magnitudes as they are; in a weighted search none so large that a threshold overflows."""
+    a = jnp.abs(x)
+    return jnp.minimum(a, _LARGEST_WEIGHT) if weighted else a
 
 
 class _Scaling(NamedTuple):
     """Magnitudes scaled by a power of two to 1 <= c < 2, or lowered first and then scaled.
 
     Magnitudes that the scale would take out of range, those of a column far larger than c, are
-    lowered by their maximum. What then underflows is nothing beside the maximum.
+    lowered by what the largest threshold there is takes off them. What then underflows is nothing
+    beside the largest.
 
     Attributes:
         up: Two powers of two that take a value to this scale; their product could overflow.
         down: Their reciprocals.
-        lowered: By how much a column was lowered, 0 for most.
+        far: Columns that are lowered.
+        unit: Two powers of two that take the largest magnitude to [1, 2).
+        back: Two that take this to the scale.
+        top: The largest threshold, of magnitudes times ``unit``.
         infinite: Columns that hold an infinity, beside which every finite entry is nothing.
     """
 
     up: Pair
     down: Pair
-    lowered: jax.Array
+    far: jax.Array
+    unit: Pair
+    back: Pair
+    top: jax.Array
     infinite: jax.Array
 
     def finite(self, part: jax.Array) -> jax.Array:
         """Magnitudes, on their own scale, of which none is infinite."""
-        a = jnp.abs(part.astype(self.lowered.dtype))
+        a = jnp.abs(part.astype(self.top.dtype))
         most = jnp.finfo(a.dtype).max
         return jnp.where(self.infinite, jnp.where(a == jnp.inf, most, 0), a)
 
-    def magnitude(self, part: jax.Array) -> jax.Array:
+    def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
         """Magnitudes on the scale."""
         a = self.finite(part)
-        lowered = _times(a - self.lowered, self.up)
-        return jnp.where(self.lowered > 0, lowered, _rescale(a, self.up))
+        lowered = _times(_over(_times(a, self.unit), (self.top, 0), slope), self.back)
+        return jnp.where(self.far, lowered, _rescale(a, self.up))
 
 
-def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, plain: bool) -> _Columns:
+def _over(a: jax.Array, theta: tuple[ArrayLike, ArrayLike], slope: jax.Array | None) -> jax.Array:
+    """How far magnitudes are above a threshold, to their own last bits."""
+    if slope is None:
+        return (a - theta[0]) - theta[1]
+    # The minima keep the compiler from fusing products into the differences: it would round once
+    # where another copy of the same product rounds twice.
+    first, second = (jnp.minimum(x * slope, jnp.finfo(a.dtype).max) for x in theta)
+    return (a - first) - second
+
+
+def _slopes(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
+    """The reciprocals of a metric's weights, those of a column from 2^-60 to 1."""
+    dtype = jnp.result_type(jnp.float32, *parts)
+    info = jnp.finfo(dtype)
+    d = tuple(weights.astype(dtype) for weights in metric)
+    least = -_max(tuple(-x for x in d), axes, initial=-float(info.max))
+    unit = _scale(-_exponent(jnp.maximum(lax.stop_gradient(least), info.tiny)))
+    return tuple(jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
+
+
+def _columns(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: bool) -> _Columns:
     dtypes = tuple(part.dtype for part in parts)
     if plain:
         nothing, no = jnp.zeros_like(c[0]), jnp.zeros(c[0].shape, bool)
-        return _Columns(parts, parts, None, dtypes, c[0], c[1:], nothing, no, no, None)
+        return _Columns(parts, slope, dtypes, c[0], c[1:], nothing, no, no, None)
     dtype = jnp.result_type(jnp.float32, *parts)
     info = jnp.finfo(dtype)
     head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
@@ -645,27 +684,34 @@ def _columns(parts: Arrays, c: Arrays, metric: Arrays | None, axes: Axes, plain:
     up = _scale(-exponent)
     largest = _max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes)
     infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
-    far = (largest * 2.0**-40 > radius) & (metric is None)
-    scaling = _Scaling(up, _scale(exponent), jnp.where(far, largest, 0), infinite)
-    unweighted = tuple(map(scaling.magnitude, parts))
-    if metric is None:
-        entries, slope = unweighted, None
-    else:
-        a = tuple(map(scaling.finite, parts))
-        entries, slope = _weigh(a, largest, exponent, metric, axes)
+    far = largest * 2.0**-40 > radius
+    own = _exponent(jnp.maximum(largest, info.tiny))
+    unit = _scale(-own)
     scaled = _times(radius, up)
+    scaling = _Scaling(up, _scale(exponent), far, unit, _scale(own - exponent), largest, infinite)
+    if slope is None:
+        slopes: tuple[jax.Array | None, ...] = (None,) * len(parts)
+        top, floor = _times(largest, unit), -scaled
+    else:
+        slopes = slope
+        keys = (_times(scaling.finite(x), unit) / g for x, g in zip(parts, slope, strict=True))
+        top, floor = _max(tuple(keys), axes), -scaled * _LARGEST_WEIGHT
+    scaling = scaling._replace(top=top)
     return _Columns(
-        entries=entries,
-        unweighted=unweighted,
+        entries=tuple(map(scaling.magnitude, parts, slopes)),
         slope=slope,
         dtypes=dtypes,
         c=scaled,
         c_rest=tuple(_times(x, up) for x in rest),
-        floor=jnp.where(far, -scaled, 0),
+        floor=jnp.where(far, floor, 0),
         outside=infinite | far,
         free=jnp.isposinf(head),
         scaling=scaling,
     )
+
+
+def _reciprocal(scale: Pair) -> Pair:
+    return 1 / scale[0], 1 / scale[1]
 
 
 def _rescale(a: jax.Array, scale: Pair) -> jax.Array:
@@ -675,30 +721,6 @@ def _rescale(a: jax.Array, scale: Pair) -> jax.Array:
     integer = lax.bitcast_convert_type(a, jnp.dtype(f"int{info.bits}")).astype(a.dtype)
     tiny = integer * (scale[0] * 2.0 ** (lowest // 2)) * (scale[1] * 2.0 ** (lowest - lowest // 2))
     return jnp.where(a < info.tiny, tiny, _times(a, scale))
-
-
-def _weigh(
-    a: Arrays, largest: jax.Array, exponent: jax.Array, metric: Arrays, axes: Axes
-) -> tuple[Arrays, Arrays]:
-    """|v| d, scaled so that the largest is about 1, and the slope that takes it to c's scale."""
-    info = jnp.finfo(largest.dtype)
-
-    def unit(parts: Arrays, largest: jax.Array) -> tuple[jax.Array, Arrays]:
-        """The parts with their largest entry brought to [1, 2), and its exponent."""
-        exponent = _exponent(jnp.maximum(largest, info.tiny))
-        return exponent, tuple(_rescale(x, _scale(-exponent)) for x in parts)
-
-    own, a = unit(a, largest)
-    d = tuple(weights.astype(info.dtype) for weights in metric)
-    _, d = unit(d, _max(d, axes))
-    heaviest = _max(tuple(x * y for x, y in zip(a, d, strict=True)), axes)
-    heaviest = jnp.maximum(heaviest, info.tiny)
-    d = tuple(jnp.clip(x / heaviest, 1 / _LARGEST_WEIGHT, _LARGEST_WEIGHT) for x in d)
-    # The minima keep the compiler from fusing these products into an addition that follows: it
-    # would round once where another copy of the same product rounds twice.
-    key = tuple(jnp.minimum(x * y, info.max) for x, y in zip(a, d, strict=True))
-    up = _scale(own - exponent)
-    return key, tuple(jnp.minimum(_times(1 / x, up), info.max) for x in d)
 
 
 # --- the threshold --------------------------------------------------------------------------------
@@ -754,12 +776,13 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         near = (above >= -slack) | late
 
         # The norm itself exceeds c by this much and more: the slope is steepest at the floor. Only
-        # there, and without a metric, are entries added up that were not rounded before.
+        # there are entries added up that were not rounded before.
         height = _gap(trial, floor) * (1 - 2.0**-20)
-        rounded = jnp.where((height > 0) | (columns.slope is not None), total * coarsest.eps, 0)
-        outside = (known & _OUTSIDE > 0) | (below - 2 * rounded + slope * height > unseen)
+        rounded = total if columns.slope is None else total + slope * height
+        rounded = jnp.where(height > 0, 2 * float(coarsest.eps) * rounded, 0)
+        outside = (known & _OUTSIDE > 0) | (below - rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
-        inside = asked & (above + 2 * rounded <= 0)
+        inside = asked & feasible
         infinite = (total == jnp.inf) & (trial[0] == info.max)  # none but infinite entries survive
         done = (known & _DONE > 0) | (feasible & near & outside) | inside | infinite
         done |= jnp.isnan(excess)
@@ -783,13 +806,7 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.
         steep = (total > _STEEP * columns.c) & ~done & (known & _TOPPED == 0)
-        top = lax.cond(
-            jnp.any(steep),
-            lambda: _max(tuple(map(columns.magnitude, columns.entries)), axes),
-            lambda: zero,
-        )
-        beside = _shift((top, zero), -columns.c)
-        beside = _choose(top < jnp.inf, beside, (jnp.full_like(top, info.max), zero))
+        beside = lax.cond(jnp.any(steep), lambda: _beside(columns, axes), lambda: floor)
         following = _choose(steep, _larger(newton, beside), following)
 
         # Entries were rounded to be stored, so that the norm may be too large by as much.
@@ -830,6 +847,21 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     return search._replace(trial=trial, known=known)
 
 
+def _beside(columns: _Columns, axes: Axes) -> Pair:
+    """The threshold at which the largest survivor has the norm c: left of the root."""
+    most = jnp.full_like(columns.c, jnp.finfo(columns.c.dtype).max)
+    a = tuple(map(columns.magnitude, columns.entries))
+    if columns.slope is None:
+        top = _max(a, axes)
+        beside = _shift((top, jnp.zeros_like(top)), -columns.c)
+    else:
+        keys = ((x - columns.c) / g for x, g in zip(a, columns.slope, strict=True))
+        top = _max(tuple(keys), axes, initial=-jnp.inf)
+        top = top - jnp.abs(top) * 2.0**-20
+        beside = top, jnp.zeros_like(top)
+    return _choose(top < jnp.inf, beside, (most, jnp.zeros_like(most)))
+
+
 class _Norm(NamedTuple):
     """The norm of what soft-thresholding leaves of a column, as it will be stored.
 
@@ -856,9 +888,9 @@ def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Arrays]:
         slope = () if columns.slope is None else (columns.slope[i],)
 
         def values(x: jax.Array, *slope: jax.Array, dtype: jnp.dtype = dtype) -> Arrays:
-            over = (columns.magnitude(x) - theta[0]) - theta[1]
+            over = _over(columns.magnitude(x), theta, *(slope or (None,)))
             dropped = over <= 0  # a NaN is not
-            stored = _as_stored(over * slope[0] if slope else over, dtype, columns)
+            stored = _as_stored(over, dtype, columns)
             # -0.0 is what addition leaves alone: the compiler can skip instead of add.
             kept = slope[0] if slope else jnp.ones_like(over)
             return jnp.where(dropped, -0.0, stored), jnp.where(dropped, -0.0, kept)
@@ -876,9 +908,8 @@ def _survivors(columns: _Columns, theta: Pair, axes: Axes, go: jax.Array) -> _No
         go,
         first=lambda norm, slope: (norm, jnp.zeros_like(norm), slope),
     )
-    # What rounds is the first fold. Adding up k numbers rounds k - 1 times; a product may be fused
-    # with the sum it goes into.
-    steps = _FOLDS + 2 if columns.slope is not None else jnp.clip(slope - 1, 0, _FOLDS)
+    # What rounds is the first fold; adding up k numbers rounds k - 1 times.
+    steps = _FOLDS if columns.slope is not None else jnp.clip(slope - 1, 0, _FOLDS)
     doubt = total * steps * (eps / 2 * (1 + 2.0**-8))
     return _Norm(total, (total - columns.c) + error, doubt, slope)
 
@@ -912,7 +943,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
     unseen = _unseen(jnp.finfo(columns.c.dtype))
-    n = _length(columns.unweighted, axes)
+    n = _length(columns.entries, axes)
     finer = min(2.0 ** math.ceil(math.log2(max(n, 1))) * eps / 2, 0.5)  # a grid to the last one
     last = min(eps**4, 2.0**-90)
     unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
@@ -922,7 +953,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         return jnp.minimum(columns.magnitude(x) * unit, 4), jnp.zeros(x.shape, radius.dtype)
 
     def read() -> list[Arrays]:
-        return [y for x in columns.unweighted for y in _fold(scaled, (x,), axes, _doubled)]
+        return [y for x in columns.entries for y in _fold(scaled, (x,), axes, _doubled)]
 
     go = jnp.any(doubtful)
     total, error = _total(read, axes, go)
@@ -946,8 +977,8 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         def layer(x: jax.Array) -> jax.Array:
             return jnp.floor((x - jnp.floor(x / grid) * grid) / next_grid) * next_grid
 
-        unweighted, known = lax.optimization_barrier((columns.unweighted, known))
-        for x in unweighted:
+        entries, known = lax.optimization_barrier((columns.entries, known))
+        for x in entries:
             bits = layer(jnp.minimum(columns.magnitude(x) * unit, 4))
             known = known + bits.sum(axes, keepdims=True)
         rest = (layer(x * unit) for x in columns.c_rest)
@@ -981,6 +1012,7 @@ def _sort(columns: _Columns, axes: Axes) -> jax.Array:
     if keys.size == 0:
         return columns.floor
     slopes = jnp.ones_like(keys) if columns.slope is None else rows(columns.slope)
+    keys = keys / slopes
     return jax.vmap(threshold)(keys, slopes, columns.c.reshape(-1)).reshape(columns.c.shape)
 
 
@@ -1064,30 +1096,25 @@ class _Found(NamedTuple):
 
 def _find(columns: _Columns, start: jax.Array, axes: Axes, method: str) -> _Found:
     scaling = columns.scaling
+    if scaling is not None:
+        lowered = jnp.where(scaling.far, _times(scaling.top, _reciprocal(scaling.unit)), 0)
+        start = _times(start - lowered, scaling.up)
     if method == "sort":
         start = _sort(columns, axes)
-    elif columns.slope is not None:
-        start = columns.floor
-    elif scaling is not None:
-        start = _times(start - scaling.lowered, scaling.up)
     search = _search(columns, start, axes)
     theta = search.trial
     threshold = theta[0] + theta[1]
-    if columns.slope is not None:
-        threshold = jnp.zeros_like(threshold)
-    elif scaling is not None:
-        threshold = scaling.lowered + _times(threshold, scaling.down)
+    if scaling is not None:
+        threshold = lowered + _times(threshold, scaling.down)
     inside = search.known & _INSIDE > 0
     threshold = jnp.where(inside, 0, threshold)
     share = _share(columns, theta[0], axes)
     return _Found(theta, inside, share, scaling, threshold, search.passes)
 
 
-def _shrunk(
-    part: jax.Array, entry: jax.Array, slope: jax.Array | float, found: _Found
-) -> jax.Array:
+def _shrunk(part: jax.Array, entry: jax.Array, slope: jax.Array | None, found: _Found) -> jax.Array:
     """A part, projected, from its entries as the search has compared them with the threshold."""
-    w = ((entry - found.theta[0]) - found.theta[1]) * slope
+    w = _over(entry, found.theta, slope)
     if found.scaling is None:
         w = jnp.where(w > found.share, found.share, w)
     else:
@@ -1103,39 +1130,36 @@ def _shrunk(
     )
 
 
-Layer = tuple[Any, Arrays]  # operands; the start and the terms of the radius, by column
+# Operands, slope, and by column the start and the terms of the radius.
+Layer = tuple[Any, Arrays | None, Arrays]
 Solution = tuple[Projected, ...]  # thresholds with ``axes`` kept
 
 
 @functools.partial(jax.jit, static_argnames=("make", "axes", "method", "plain"))
 def _solve(
-    layers: tuple[Layer, ...],
-    metric: Arrays | None,
-    make: Callable[..., Arrays],
-    axes: Axes,
-    method: str,
-    plain: bool,
+    layers: tuple[Layer, ...], make: Callable[..., Arrays], axes: Axes, method: str, plain: bool
 ) -> Solution:
     if len(layers) == 1:
-        ((operands, (start, *c)),) = layers
+        ((operands, slope, (start, *c)),) = layers
         parts = make(*operands)
-        columns = _columns(parts, tuple(c), metric, axes, plain)
-        found = _find(columns, start, axes, method)
+        columns = _columns(parts, tuple(c), slope, axes, plain)
         entries = tuple(map(columns.magnitude, columns.entries))
-        slopes = columns.slope or (1.0,) * len(parts)
-        return (_solution(parts, entries, slopes, found),)
+        return (_solution(parts, entries, columns.slope, _find(columns, start, axes, method)),)
 
     # The layers take turns in one loop: one computation for all, and memory for one. What the loop
     # finds of each leaves it in an array of its own, pushed through a queue: cut out of one array,
     # at a place of its own, it would make each layer's next loops a kernel to compile, where
     # layers of one shape can share them.
-    by_column = jax.tree.map(lambda *x: jnp.stack(x), *(x for _, x in layers))
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *(x for *_, x in layers))
+
+    def made(operands: Any, slope: Arrays | None, _: Arrays) -> tuple[Arrays, Arrays | None]:
+        return make(*operands), slope
 
     @jax.jit  # traced once, for its form and for the loop
     def find(i: jax.Array) -> _Found:
         start, *c = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in by_column)
-        parts = lax.switch(i, [functools.partial(make, *operands) for operands, _ in layers])
-        return _find(_columns(parts, tuple(c), None, axes, plain), start, axes, method)
+        parts, slope = lax.switch(i, [functools.partial(made, *layer) for layer in layers])
+        return _find(_columns(parts, tuple(c), slope, axes, plain), start, axes, method)
 
     form = jax.eval_shape(find, jax.ShapeDtypeStruct((), jnp.int32))
 
@@ -1147,48 +1171,46 @@ def _solve(
     empty = jnp.zeros((len(jax.tree.leaves(form)), *form.threshold.shape), form.threshold.dtype)
     queue = lax.fori_loop(0, len(layers), turn, (empty,) * len(layers))
     solutions = []
-    for (operands, _), rows in zip(layers, queue, strict=True):
+    for layer, rows in zip(layers, queue, strict=True):
         leaves = (x.astype(like.dtype) for x, like in zip(rows, jax.tree.leaves(form), strict=True))
         found = jax.tree.unflatten(jax.tree.structure(form), leaves)
         found = found._replace(passes=jnp.max(found.passes, initial=0))
-        parts = make(*operands)
-        magnitude = jnp.abs if found.scaling is None else found.scaling.magnitude
-        entries = tuple(magnitude(x.astype(found.threshold.dtype)) for x in parts)
-        solutions.append(_solution(parts, entries, (1.0,) * len(parts), found))
+        parts, slope = made(*layer)
+        wide = tuple(x.astype(found.threshold.dtype) for x in parts)
+        slopes = slope or (None,) * len(parts)
+        if found.scaling is None:
+            entries = tuple(_magnitude(x, slope is not None) for x in wide)
+        else:
+            entries = tuple(map(found.scaling.magnitude, wide, slopes))
+        solutions.append(_solution(parts, entries, slope, found))
     return tuple(solutions)
 
 
-def _solution(
-    parts: Arrays, entries: Arrays, slopes: Sequence[jax.Array | float], found: _Found
-) -> Projected:
+def _solution(parts: Arrays, entries: Arrays, slope: Arrays | None, found: _Found) -> Projected:
+    slopes = slope or (None,) * len(parts)
     results = tuple(map(functools.partial(_shrunk, found=found), parts, entries, slopes))
     return Projected(results, found.threshold, found.inside, found.passes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
 def _project(
-    layers: tuple[Layer, ...],
-    metric: Arrays | None,
-    make: Callable[..., Arrays],
-    axes: Axes,
-    method: str,
-    plain: bool,
+    layers: tuple[Layer, ...], make: Callable[..., Arrays], axes: Axes, method: str, plain: bool
 ) -> Solution:
-    return _solve(layers, metric, make, axes, method, plain)
+    return _solve(layers, make, axes, method, plain)
 
 
 @_project.defjvp
 def _project_jvp(
     make: Callable[..., Arrays], axes: Axes, method: str, plain: bool, primals: Any, tangents: Any
 ) -> tuple[Solution, Any]:
-    (layers, metric), (dlayers, dmetric) = primals, tangents
-    solutions = _project(layers, metric, make, axes, method, plain)
+    (layers,), (dlayers,) = primals, tangents
+    solutions = _project(layers, make, axes, method, plain)
     dsolutions = []
-    for (operands, _), (doperands, (_, *dc)), solution in zip(
+    for (operands, slope, _), (doperands, dslope, (_, *dc)), solution in zip(
         layers, dlayers, solutions, strict=True
     ):
         parts, dparts = jax.jvp(make, operands, doperands)
-        dresults = _tangents(parts, dparts, dc, metric, dmetric, solution, axes)
+        dresults = _tangents(parts, dparts, dc, slope, dslope, solution, axes)
         nothing: tuple[Any, ...] = (
             jnp.zeros_like(solution.threshold),
             np.zeros(solution.inside.shape, jax.dtypes.float0),
@@ -1202,14 +1224,14 @@ def _tangents(
     parts: Arrays,
     dparts: Arrays,
     dc: Sequence[jax.Array],
-    metric: Arrays | None,
-    dmetric: Arrays,
+    slope: Arrays | None,
+    dslope: Arrays,
     solution: Projected,
     axes: Axes,
 ) -> Arrays:
     """Differentiates the optimality conditions on the support S, where they are linear.
 
-    There ``|w| = |v| - theta g`` and ``sum_S |w| = c``. With ``e = d|v| + theta g dd/d``, what the
+    There ``|w| = |v| - theta g`` and ``sum_S |w| = c``. With ``e = d|v| - theta dg``, what the
     entry would do at a fixed threshold, ``dtheta = (sum_S e - dc) / sum_S g`` and
     ``d|w| = e - g dtheta``.
     """
@@ -1218,16 +1240,13 @@ def _tangents(
     support = tuple(w != 0 for w in results)
     signs = tuple(jnp.sign(v).astype(dtype) for v in parts)
     free = tuple(s * dv.astype(dtype) for s, dv in zip(signs, dparts, strict=True))
-    if metric is None:
-        slope: Arrays = tuple(jnp.ones_like(e) for e in free)
+    if slope is None:
+        slopes: Arrays = tuple(jnp.ones_like(e) for e in free)
     else:
-        d = tuple(x.astype(dtype) for x in metric)
-        on_support = tuple(jnp.where(s, -x, -jnp.inf) for s, x in zip(support, d, strict=True))
-        least = -_max(on_support, axes, initial=-jnp.inf)
-        slope = tuple(least / x for x in d)
+        slopes = slope
         free = tuple(
-            e + (jnp.abs(v) - jnp.abs(w)).astype(dtype) * (dx.astype(dtype) / x)
-            for e, v, w, x, dx in zip(free, parts, results, d, dmetric, strict=True)
+            e - (jnp.abs(v) - jnp.abs(w)).astype(dtype) * (dg / g)
+            for e, v, w, g, dg in zip(free, parts, results, slope, dslope, strict=True)
         )
 
     def over_support(values: Arrays) -> jax.Array:
@@ -1235,9 +1254,9 @@ def _tangents(
         return functools.reduce(jnp.add, (x.sum(axes, keepdims=True) for x in kept))
 
     radius = functools.reduce(jnp.add, (t.astype(dtype) for t in dc))
-    weight = over_support(slope)
+    weight = over_support(slopes)
     dtheta = (over_support(free) - radius) / jnp.where(weight > 0, weight, 1)
     return tuple(
         jnp.where(inside, dv, jnp.where(s, sign * (e - g * dtheta), 0).astype(dv.dtype))
-        for dv, s, sign, e, g in zip(dparts, support, signs, free, slope, strict=True)
+        for dv, s, sign, e, g in zip(dparts, support, signs, free, slopes, strict=True)
     )
