@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from l1inf_optax._layers import LayerDimensionNumbers, convert_params
 from l1inf_optax._projection import l1inf_norm, projection_l1inf_ball
 from l1inf_optax._transform import (
+    ConstrainState,
     KeepParamsInL1InfBallState,
+    constrain,
     keep_params_in_l1inf_ball,
     project_params,
 )
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
     from l1inf_optax import linen, nnx, plotting
 
 __all__ = [
+    "ConstrainState",
     "KeepParamsInL1InfBallState",
     "LayerDimensionNumbers",
     "LayerSparsity",
     "SparsityReport",
+    "constrain",
     "convert_params",
     "keep_params_in_l1inf_ball",
     "l1inf_norm",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax import _layers
+from l1inf_optax import _layers, _metric
 from l1inf_optax._layers import Layers, Radii, Radius
 from l1inf_optax._projection import (
     Arrays,
@@ -110,6 +110,108 @@ def keep_params_in_l1inf_ball(
     return _keep_params_in_ball(project, c, layers)
 
 
+class ConstrainState(NamedTuple):
+    """State of :func:`constrain`.
+
+    Attributes:
+        inner_state: State of the optimizer inside.
+        ball: What the projection keeps.
+    """
+
+    inner_state: Any
+    ball: KeepParamsInL1InfBallState
+
+
+def constrain(
+    optimizer: optax.GradientTransformation,
+    c: Radii,
+    *,
+    metric: str | Callable[[Any, Any], Any] = "auto",
+    layers: Layers = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps every column in the L1 ball, by projections in the metric the optimizer steps in.
+
+    An adaptive optimizer steps by :math:`-\eta D^{-1} m` with a diagonal D, Adam's
+    :math:`\sqrt{\hat\nu} + \epsilon`. What must follow is
+
+    .. math::
+        \operatorname*{argmin}_w \; \tfrac12 (w - v)^\top D (w - v)
+        \quad \text{subject to} \quad \|w\|_1 \le c
+
+    for every column v of the stepped parameters. Then a point that the step and the projection
+    leave where it is satisfies the optimality conditions of the constrained problem, whatever D;
+    after the Euclidean projection of :func:`keep_params_in_l1inf_ball` it does not, and what Adam
+    learns is lost. Everything else is as there: feasible to the last bit, columns inside keep their
+    update, zeros are exact.
+
+    ``metric="auto"`` reads D off the optimizer and its state, with its bias corrections and its
+    epsilon, leaf by leaf, through `optax.chain`, `named_chain`, `inject_hyperparams`, `masked`,
+    `partition`, `MultiSteps`, `apply_if_finite`. It knows Adam, AdamW, NAdam, AMSGrad, AdaBelief,
+    RAdam, Yogi, LAMB, NovoGrad, Adamax, RMSProp (centred too), Adagrad, Adadelta, Adafactor and
+    SM3; SGD and momentum step along the gradient, and so do optimizers that rescale whole leaves,
+    such as LARS: the projection is Euclidean. An optimizer that it does not know is an error, and
+    so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon), which has no such metric.
+
+    Args:
+        optimizer: What to constrain. Nothing may be chained after the result.
+        c: As in :func:`keep_params_in_l1inf_ball`.
+        metric: ``"auto"``; ``"euclidean"``; or a function from the optimizer's state after its
+            step, and the parameters, to a pytree of weights d like the parameters, positive. Only
+            ratios within a column matter, from 2^-60 to 1 within a layer.
+        layers: As in :func:`keep_params_in_l1inf_ball`.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
+
+    Raises:
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``metric`` is unknown; and, from ``init``,
+            ``"auto"`` finds no metric.
+
+    References:
+        Melchior, Joseph and Moolekamp (2019), *Proximal Adam*. Yun, Lozano and Yang (2021),
+        *Adaptive proximal gradient methods for structured neural networks*.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
+        >>> params = {"hidden": {"kernel": jnp.ones((8, 3)), "bias": jnp.zeros(3)}}
+        >>> tx = l1inf.constrain(optax.adam(1e-2), c=1.0)
+        >>> state = tx.init(params)
+        >>> grads = jax.tree.map(jnp.ones_like, params)
+        >>> updates, state = tx.update(grads, state, params)
+        >>> params = optax.apply_updates(params, updates)
+        >>> l1inf.l1inf_norm(params["hidden"]["kernel"]).round(6)
+        Array(1., dtype=float32)
+    """
+    if not callable(metric) and metric not in ("auto", "euclidean"):
+        raise ValueError(f"metric={metric!r} is unknown: use 'auto', 'euclidean' or a function")
+    inner = optax.with_extra_args_support(optimizer)
+    ball = keep_params_in_l1inf_ball(c, layers=layers)
+
+    def init_fn(params: Any) -> ConstrainState:
+        state = inner.init(params)
+        if metric == "auto":
+            chosen = _layers.constrained_layers(params, c, layers)
+            _metric.check(inner, state, params, [layer.kernel for layer, _ in chosen])
+        return ConstrainState(state, ball.init(params))
+
+    def update_fn(
+        updates: Any, state: ConstrainState, params: Any = None, **extra: Any
+    ) -> tuple[Any, ConstrainState]:
+        _check_params(params)
+        steps, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        slopes = None
+        if callable(metric):
+            slopes = jax.tree.map(lambda d: 1 / d, metric(inner_state, params))
+        elif metric == "auto" and not _metric.is_euclidean(inner_state):
+            slopes = _metric.slopes(
+                inner, state.inner_state, inner_state, updates, steps, params, extra
+            )
+        steps, ball_state = _into_ball(project_all, c, layers, steps, state.ball, params, slopes)
+        return steps, ConstrainState(inner_state, ball_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     """Projects parameters once, for instance freshly initialised ones.
 
@@ -155,39 +257,67 @@ def _keep_params_in_ball(
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
     ) -> tuple[Any, KeepParamsInL1InfBallState]:
-        if params is None:
-            raise ValueError(
-                "params=None: the projection needs the parameters the updates will be added to. "
-                "Call update(updates, state, params)"
-            )
-        leaves, structure = _layers.flatten(updates)
-        params_leaves, params_structure = _layers.flatten(params)
-        if structure != params_structure:
-            raise ValueError(
-                f"updates have the structure {structure}, but params {params_structure}: "
-                "pass the parameters that the gradients belong to"
-            )
-        chosen = _layers.constrained_layers(params, c, layers)
-        requests = [
-            Request(
-                operands=(layer.columns(params_leaves), layer.columns(leaves)),
-                c=_at(radius, state.step),
-                axes=layer.reduction_axes,
-                start=state.thresholds[layer.leaf_path],
-            )
-            for layer, radius in chosen
-        ]
-        thresholds = {}
-        for (layer, _), request, projected in zip(
-            chosen, requests, project(_all_stepped, requests), strict=True
-        ):
-            land = functools.partial(_landing_update, inside=projected.inside)
-            layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
-            thresholds[layer.leaf_path] = projected.threshold
-        step = optax.safe_increment(state.step)
-        return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
+        _check_params(params)
+        return _into_ball(project, c, layers, updates, state, params)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _check_params(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "params=None: the projection needs the parameters the updates will be added to. "
+            "Call update(updates, state, params)"
+        )
+
+
+def _into_ball(
+    project: Projection,
+    c: Radii,
+    layers: Layers,
+    updates: Any,
+    state: KeepParamsInL1InfBallState,
+    params: Any,
+    slopes: Any = None,
+) -> tuple[Any, KeepParamsInL1InfBallState]:
+    """Updates that end in the ball, and the next state; slopes as `Request` has them, or None."""
+    leaves, structure = _layers.flatten(updates)
+    params_leaves, params_structure = _layers.flatten(params)
+    if structure != params_structure:
+        raise ValueError(
+            f"updates have the structure {structure}, but params {params_structure}: "
+            "pass the parameters that the gradients belong to"
+        )
+    slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
+    chosen = _layers.constrained_layers(params, c, layers)
+    requests = [
+        Request(
+            operands=(layer.columns(params_leaves), layer.columns(leaves)),
+            c=_at(radius, state.step),
+            axes=layer.reduction_axes,
+            start=state.thresholds[layer.leaf_path],
+            slope=None if slope_leaves is None else _at_most_one(layer.columns(slope_leaves)),
+            bounded=True,
+        )
+        for layer, radius in chosen
+    ]
+    thresholds = {}
+    for (layer, _), request, projected in zip(
+        chosen, requests, project(_all_stepped, requests), strict=True
+    ):
+        land = functools.partial(_landing_update, inside=projected.inside)
+        layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
+        thresholds[layer.leaf_path] = projected.threshold
+    step = optax.safe_increment(state.step)
+    return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
+
+
+def _at_most_one(slopes: Arrays) -> Arrays:
+    """A layer's slopes, scaled to what a projection expects; all alike where nothing moves."""
+    top = functools.reduce(jnp.maximum, (jnp.max(s, initial=0) for s in slopes))
+    moves = (top > 0) & (top < jnp.inf)
+    scale = 1 / jnp.where(moves, top, 1)
+    return tuple(jnp.where(moves, jnp.clip(s * scale, 2.0**-60, 1), 1) for s in slopes)
 
 
 def _at(radius: Radius, step: ArrayLike) -> ArrayLike:
