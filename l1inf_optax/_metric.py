@@ -6,12 +6,13 @@ not computed here a second time but read off the optimizer, whatever wraps it, i
 
 1. Take the state before the step, its first moments zero.
 2. Set its second moments so that a step with next to no gradient ends with those of the real step.
-3. There the derivative of the updates in the gradient is ``1 / d``, up to a factor for each leaf.
-4. That factor is how much longer the real updates are than the derivative predicts them.
+3. That step, divided by its gradient, is ``1 / d``, up to a factor for each leaf.
+4. The factor is how much longer the real updates are than a step so small predicts them.
 
 Only which fields of which state are moments is written down. What is not known is an error.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -68,14 +69,14 @@ _WRAPPERS = {
     "PartitionState": "inner_states",
 }
 _NEUTRAL = {
-    "AddNoiseState",
     "MonitorState",
     "ScaleByScheduleState",
     "SnapshotState",
     "ZeroNansState",
 }
-# A gradient so small that no second moment notices, and so large that its square is a number.
-_NEXT_TO_NOTHING = 1e-18
+# A gradient so small that no second moment notices, and so large that its square, times what a
+# running mean takes of it, is a normal number.
+_NEXT_TO_NOTHING = 1e-15
 _CHOICES = (
     "Give metric='euclidean', which suits optimizers that step along the gradient itself, or a "
     "function metric(state, params) that returns the weights of the optimizer's own metric"
@@ -136,6 +137,8 @@ def slopes(
     updates: Any,
     params: Any,
     extra: dict[str, Any],
+    *,
+    across_leaves: bool = True,
 ) -> Any:
     """How far the step just taken moves each entry for the same gradient: ``1 / d``.
 
@@ -147,35 +150,40 @@ def slopes(
         updates: What it returned.
         params: The parameters.
         extra: The other arguments it was given.
+        across_leaves: Whether the factors between leaves count.
 
     Returns:
         Pytree like ``updates``, float32 or wider; zero where there was no step.
     """
-    nowhere = jax.tree.map(jnp.zeros_like, _wide(params))
     grads, updates, params, before, after = map(_wide, (grads, updates, params, before, after))
+    # Without parameters there is no weight decay, so that updates are in proportion to gradients.
+    nowhere = jax.tree.map(jnp.zeros_like, params)
+
+    def step(grads: Any, first: Any, second: Any) -> tuple[Any, Any]:
+        return optimizer.update(grads, _with_moments(before, first, second), nowhere, **extra)
+
     nothing = jax.tree.map(lambda g: jnp.full_like(g, _NEXT_TO_NOTHING), grads)
-    held = _held(lambda state: optimizer.update(nothing, state, nowhere, **extra)[1], before, after)
     first = _moments(before, "first")
-
-    def step(even: jax.Array, own: jax.Array) -> Any:
-        """The updates by a gradient of ``even`` everywhere and ``own`` times the real moments."""
-        moments = jax.tree.map(lambda x: own * x, first)
-        state = _with_moments(before, moments, held)
-        moved = jax.tree.map(lambda g, x: even + own * g + x, grads, nothing)
-        return optimizer.update(moved, state, nowhere, **extra)[0]
-
-    zero = jnp.zeros(())
-    _, derivative = jax.linearize(step, zero, zero)
-    by_gradient, linear = derivative(zero + 1, zero), derivative(zero, zero + 1)
-    if any(name == "ScaleBySM3State" for name, _ in _parts(before)):
-        state = _with_moments(before, jax.tree.map(jnp.zeros_like, first), held)
-        exact = optimizer.update(grads, state, nowhere, **extra)[0]
-        return jax.tree.map(
-            lambda u, g, s: jnp.abs(jnp.where(g == 0, s, u / g)), exact, grads, by_gradient
-        )
-    return jax.tree.map(
-        lambda s, u, x, p: jnp.abs(s) * _longer(u, x, p), by_gradient, updates, linear, params
+    none = jax.tree.map(jnp.zeros_like, first)
+    held = _held(lambda second: _moments(step(nothing, none, second)[1], "second"), after)
+    per_gradient = jax.tree.map(
+        lambda u: jnp.abs(u) / _NEXT_TO_NOTHING, step(nothing, none, held)[0]
     )
+    if any(name == "ScaleBySM3State" for name, _ in _parts(before)):
+        return jax.tree.map(
+            lambda u, g, s: jnp.where(g == 0, s, jnp.abs(u / g)),
+            step(grads, none, held)[0],
+            grads,
+            per_gradient,
+        )
+    if not across_leaves:
+        return per_gradient
+    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves((grads, first))]
+    scale = _NEXT_TO_NOTHING / jnp.maximum(functools.reduce(jnp.maximum, sizes), 1e-20)
+    small_grads, small_first = jax.tree.map(lambda x: x * scale, (grads, first))
+    linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, held)[0])
+    longer = jax.tree.map(_longer, updates, linear, params)
+    return jax.tree.map(jnp.multiply, per_gradient, longer)
 
 
 def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array:
@@ -188,23 +196,19 @@ def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array
     return jnp.where((r > 0) & (r < jnp.inf), r, 1)
 
 
-def _held(new_state: Callable[[Any], Any], before: Any, after: Any) -> list[Any]:
+def _held(step: Callable[[Any], Any], after: Any) -> list[Any]:
     """Second moments that a step with next to no gradient turns into those of ``after``."""
     wanted = _moments(after, "second")
-    none = jax.tree.map(jnp.zeros_like, _moments(before, "first"))
 
-    def kept(share: jax.Array) -> list[Any]:
-        given = jax.tree.map(lambda x: jnp.full_like(x, share), wanted)
-        return _moments(new_state(_with_moments(before, none, given)), "second")
+    def from_all(n: float) -> Any:
+        return step(jax.tree.map(lambda x: jnp.full_like(x, n), wanted))
 
-    added, share = jax.jvp(kept, (jnp.zeros(()),), (jnp.ones(()),))
+    def given(x: jax.Array, of_zero: jax.Array, of_one: jax.Array) -> jax.Array:
+        share = of_one - of_zero
+        inverse = (x - of_zero) / jnp.where(share > 0, share, 1)
+        return jnp.where(x >= 0, jnp.maximum(inverse, 0), inverse)  # centred ones have a sign
 
-    def given(x: jax.Array, added: jax.Array, share: jax.Array) -> jax.Array:
-        inverse = (x - added) / jnp.where(share > 0, share, 1)
-        inverse = jnp.where(x >= 0, jnp.maximum(inverse, 0), inverse)
-        return jnp.where(share > 0, inverse, x)
-
-    return jax.tree.map(given, wanted, added, share)
+    return jax.tree.map(given, wanted, from_all(0), from_all(1))
 
 
 def _wide(tree: Any) -> Any:

@@ -203,8 +203,16 @@ def constrain(
         if callable(metric):
             slopes = jax.tree.map(lambda d: 1 / d, metric(inner_state, params))
         elif metric == "auto" and not _metric.is_euclidean(inner_state):
+            chosen = _layers.constrained_layers(params, c, layers)
             slopes = _metric.slopes(
-                inner, state.inner_state, inner_state, updates, steps, params, extra
+                inner,
+                state.inner_state,
+                inner_state,
+                updates,
+                steps,
+                params,
+                extra,
+                across_leaves=any(layer.bias is not None for layer, _ in chosen),
             )
         steps, ball_state = _into_ball(project_all, c, layers, steps, state.ball, params, slopes)
         return steps, ConstrainState(inner_state, ball_state)
