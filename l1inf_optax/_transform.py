@@ -16,7 +16,7 @@ import optax
 from jax.typing import ArrayLike
 
 from l1inf_optax import _layers, _metric
-from l1inf_optax._layers import Layers, Radii, Radius
+from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection import (
     Arrays,
     Pair,
@@ -47,7 +47,11 @@ class KeepParamsInL1InfBallState(NamedTuple):
 
 
 def keep_params_in_l1inf_ball(
-    c: Radii, *, layers: Layers = None, method: str = "newton"
+    c: Radii,
+    *,
+    layers: Layers = None,
+    method: str = "newton",
+    hold_zeros_from: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Modifies the updates so that every column stays in the L1 ball of radius ``c``.
 
@@ -64,7 +68,7 @@ def keep_params_in_l1inf_ball(
     .. warning::
         The Euclidean projection belongs to SGD and momentum. After Adam and other optimizers that
         scale coordinates one by one it still gives feasible parameters, but it can take away most
-        of what the step has learned.
+        of what the step has learned: use :func:`constrain` around them.
 
     The parameters should start in the ball: see :func:`project_params`. If they do not, the first
     update takes them there.
@@ -80,6 +84,11 @@ def keep_params_in_l1inf_ball(
             :class:`LayerDimensionNumbers`: a mapping from globs over the leaves' paths, a pytree,
             or a function from the parameters to either.
         method: As in :func:`projection_l1inf_ball`.
+        hold_zeros_from: ``None``, or the number of updates after which parameters of constrained
+            layers that are exactly zero stay zero. Minibatch noise lifts entries off zero faster
+            than a decaying step size puts them back. While c shrinks, every column stays on its
+            boundary and the ball chooses the zeros; held from then on, the others are fitted
+            without them, as in the relaxed lasso. Zeros must not be held from a start at zero.
 
     Returns:
         A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less
@@ -107,7 +116,7 @@ def keep_params_in_l1inf_ball(
     """
     check_method(method)
     project = functools.partial(project_all, method=method)
-    return _keep_params_in_ball(project, c, layers)
+    return _keep_params_in_ball(project, c, layers, hold_zeros_from)
 
 
 class ConstrainState(NamedTuple):
@@ -128,6 +137,7 @@ def constrain(
     *,
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
+    hold_zeros_from: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every column in the L1 ball, by projections in the metric the optimizer steps in.
 
@@ -159,6 +169,7 @@ def constrain(
             step, and the parameters, to a pytree of weights d like the parameters, positive. Only
             ratios within a column matter, from 2^-60 to 1 within a layer.
         layers: As in :func:`keep_params_in_l1inf_ball`.
+        hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
@@ -214,7 +225,9 @@ def constrain(
                 extra,
                 across_leaves=any(layer.bias is not None for layer, _ in chosen),
             )
-        steps, ball_state = _into_ball(project_all, c, layers, steps, state.ball, params, slopes)
+        steps, ball_state = _into_ball(
+            project_all, c, layers, hold_zeros_from, steps, state.ball, params, slopes
+        )
         return steps, ConstrainState(inner_state, ball_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -249,7 +262,7 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
 
 
 def _keep_params_in_ball(
-    project: Projection, c: Radii, layers: Layers
+    project: Projection, c: Radii, layers: Layers, hold_zeros_from: int | None
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
@@ -266,7 +279,7 @@ def _keep_params_in_ball(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
     ) -> tuple[Any, KeepParamsInL1InfBallState]:
         _check_params(params)
-        return _into_ball(project, c, layers, updates, state, params)
+        return _into_ball(project, c, layers, hold_zeros_from, updates, state, params)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -283,6 +296,7 @@ def _into_ball(
     project: Projection,
     c: Radii,
     layers: Layers,
+    hold_zeros_from: int | None,
     updates: Any,
     state: KeepParamsInL1InfBallState,
     params: Any,
@@ -298,9 +312,17 @@ def _into_ball(
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
     chosen = _layers.constrained_layers(params, c, layers)
+
+    def operands(layer: Layer) -> tuple[Arrays, Arrays]:
+        ps, us = layer.columns(params_leaves), layer.columns(leaves)
+        if hold_zeros_from is None:
+            return ps, us
+        held = state.step >= hold_zeros_from
+        return ps, tuple(jnp.where(held & (p == 0), 0, u) for p, u in zip(ps, us, strict=True))
+
     requests = [
         Request(
-            operands=(layer.columns(params_leaves), layer.columns(leaves)),
+            operands=operands(layer),
             c=_at(radius, state.step),
             axes=layer.reduction_axes,
             start=state.thresholds[layer.leaf_path],

@@ -1,4 +1,5 @@
 import functools
+import itertools
 from typing import NamedTuple
 
 import chex
@@ -364,6 +365,35 @@ def test_a_radius_may_be_given_for_each_column():
     c = np.linspace(0.5, 2, 12)
     projected = l1inf.project_params(params, c)
     np.testing.assert_allclose(norms(**projected["layer"]), c, rtol=1e-5)
+
+
+# --- held zeros -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda **k: optax.chain(SGD, KEEP(0.3, **k)), lambda **k: l1inf.constrain(SGD, 0.3, **k)],
+)
+def test_zeros_are_held_from_the_update_that_was_asked_for(make):
+    rng = np.random.default_rng(0)
+    history = {}
+    for start in (None, 3):
+        params = l1inf.project_params(dense(np.random.default_rng(1)), 0.3)
+        tx = make(hold_zeros_from=start)
+        state, update = tx.init(params), jax.jit(tx.update)
+        rng = np.random.default_rng(2)
+        history[start] = [params]
+        for _ in range(8):
+            updates, state = update(like(rng, params, 1.0), state, params)
+            params = optax.apply_updates(params, updates)
+            assert (norms(**params["layer"]) <= 0.3).all()
+            history[start].append(params)
+    chex.assert_trees_all_equal(history[3][:4], history[None][:4])
+    zeros = [np.asarray(params["layer"]["kernel"]) == 0 for params in history[3]]
+    assert zeros[3].any()
+    assert (zeros[2] & ~zeros[3]).any(), "until then they may come back"
+    for before, after in itertools.pairwise(zeros[3:]):
+        assert (after | ~before).all()
 
 
 # --- jax ------------------------------------------------------------------------------------------

@@ -247,34 +247,6 @@ def shrink_into_ball(params: Params, c: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(shrink, params)
 
 
-def hold_zeros(from_step: int) -> optax.GradientTransformation:
-    """From ``from_step`` on, leave every exact zero of the parameters as it is.
-
-    Minibatch noise lifts entries off zero faster than a decaying step size puts them back. While
-    the ball still shrinks it decides which entries are zero; holding them from then on only fits
-    the others, as the relaxed lasso does. Belongs before the projection, which keeps zeros zero.
-
-    Args:
-        from_step: the first step, counted from 0, that no longer moves zeros.
-
-    Returns:
-        The transformation. Its state counts steps.
-    """
-
-    def init(params: Params) -> optax.ScaleByScheduleState:
-        del params
-        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
-
-    def update(
-        updates: optax.Updates, state: optax.ScaleByScheduleState, params: Params = None
-    ) -> tuple[optax.Updates, optax.ScaleByScheduleState]:
-        hold = state.count >= from_step
-        held = jax.tree.map(lambda u, p: jnp.where(hold & (p == 0), 0, u), updates, params)
-        return held, optax.ScaleByScheduleState(count=state.count + 1)
-
-    return optax.GradientTransformation(init, update)
-
-
 def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     trials = jnp.array([lane.trial for lane in lanes])
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)

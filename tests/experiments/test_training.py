@@ -10,7 +10,6 @@ from l1inf_optax.experiments.training import (
     Lane,
     Task,
     evaluate,
-    hold_zeros,
     share_of_zeros,
     shrink_into_ball,
     train,
@@ -177,15 +176,3 @@ def test_only_long_columns_of_augmented_kernels_are_shrunk():
     np.testing.assert_array_equal(shrunk["readout"]["kernel"], 5 * kernel)
     free = shrink_into_ball(params, jnp.float32(jnp.inf))
     np.testing.assert_array_equal(free["hidden_0"]["augmented_kernel"], kernel)
-
-
-def test_zeros_are_held_from_the_given_step_on():
-    tx = hold_zeros(from_step=2)
-    params = {"w": jnp.array([0.0, 1.0])}
-    updates = {"w": jnp.array([0.5, 0.5])}
-    state = tx.init(params)
-    moved = []
-    for _ in range(4):
-        held, state = tx.update(updates, state, params)
-        moved.append(held["w"].tolist())
-    assert moved == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.5], [0.0, 0.5]]
