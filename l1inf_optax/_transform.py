@@ -344,10 +344,10 @@ def _into_ball(
 
 def _at_most_one(slopes: Arrays) -> Arrays:
     """A layer's slopes, scaled to what a projection expects; all alike where nothing moves."""
-    top = functools.reduce(jnp.maximum, (jnp.max(s, initial=0) for s in slopes))
+    top = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(s), initial=0) for s in slopes))
     moves = (top > 0) & (top < jnp.inf)
-    scale = 1 / jnp.where(moves, top, 1)
-    return tuple(jnp.where(moves, jnp.clip(s * scale, 2.0**-60, 1), 1) for s in slopes)
+    scale, least = 1 / jnp.where(moves, top, 1), jnp.where(moves, 2.0**-60, 1)
+    return tuple(jnp.clip(jnp.abs(s) * scale, least, 1) for s in slopes)
 
 
 def _at(radius: Radius, step: ArrayLike) -> ArrayLike:

@@ -5,6 +5,7 @@
 
 - `peers`: this library's projections beside those of Optax, JAXopt, PyTorch and NumPy;
 - `growth`: passes and time against the length and the number of the columns;
+- `weighted`: the projection in a metric beside the Euclidean one;
 - `training`: a training step of a 784-900-10 network with and without the constraint;
 - `compile`: seconds and memory to compile the update of a 24-block transformer.
 """
@@ -27,7 +28,7 @@ import optax
 import pytest
 
 import l1inf_optax as l1inf
-from l1inf_optax._projection import project_columns
+from l1inf_optax._projection import Projected, Request, project_all, project_columns
 from tests.benchmarks.timing import Step, interleaved, seconds
 
 SIZES = ((501, 100), (785, 900), (1001, 300), (4097, 4096), (16385, 4096))
@@ -229,6 +230,44 @@ def growth(budget: float, out: Path) -> None:
     plt.close(figure)
 
 
+# --- with a metric --------------------------------------------------------------------------------
+
+
+def weighted(budget: float) -> None:
+    """The projection in a metric that spans a factor of a thousand, beside the Euclidean one."""
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def projected(x: jax.Array, slope: jax.Array | None, c: float, start: Any) -> Projected:
+        slopes = None if slope is None else (slope,)
+        request = Request((x,), c, (0,), start, slopes, bounded=True)
+        return project_all(lambda x: (x,), [request])[0]
+
+    names = ("cold", "warm", "with a metric, cold", "with a metric, warm")
+    print("| matrix | V * c, ms | " + " | ".join(names) + " | passes |\n" + "| --- " * 7 + "|")
+    for shape in SIZES[1:4]:
+        host = columns("Gaussian", shape)
+        x, c = jnp.asarray(host), radius(host, 0.9)
+        steps, passes = [multiply(x)], []
+        for slope in (None, jnp.exp(-7 * jax.random.uniform(jax.random.key(2), shape))):
+            last = projected(x, slope, c, None)
+            for seed in range(
+                2
+            ):  # two training steps: the thresholds of the first start the second
+                weights, threshold = last.parts[0], last.threshold
+                mean = jnp.sum(jnp.abs(weights)) / jnp.count_nonzero(weights)
+                noise = jax.random.normal(jax.random.key(seed), shape) * (weights != 0)
+                moved = weights + MOVED * mean * noise
+                last = projected(moved, slope, c, threshold)
+            for start in ((x, slope, c, None), (moved, slope, c, threshold)):
+                passes.append(int(projected(*start).passes))
+                steps.append(functools.partial(projected, *start))
+        times = np.median(interleaved(steps, budget), axis=0)
+        cells = " | ".join(f"{ratio:.1f}" for ratio in times[1:] / times[0])
+        print(
+            f"| {shape[0]} x {shape[1]} | {1e3 * times[0]:.2f} | {cells} | {passes} |", flush=True
+        )
+
+
 # --- in training ----------------------------------------------------------------------------------
 
 
@@ -269,6 +308,8 @@ def training_steps() -> dict[str, Step]:
     for c in (1.0, 3.0):
         constraint = l1inf.keep_params_in_l1inf_ball({"hidden": c})
         steps[f"Adam, c = {c:g}"] = twenty(optax.chain(adam, constraint))
+        own = l1inf.constrain(adam, {"hidden": c})
+        steps[f"Adam, c = {c:g}, its own metric"] = twenty(own)
     return steps
 
 
@@ -309,6 +350,7 @@ def compilation() -> None:
     for name, tx in {
         "Adam": adam,
         "Adam, c = 1": optax.chain(adam, l1inf.keep_params_in_l1inf_ball(1.0)),
+        "Adam, c = 1, its own metric": l1inf.constrain(adam, 1.0),
     }.items():
         state = jax.eval_shape(tx.init, params)
         start = time.perf_counter()
@@ -352,7 +394,7 @@ def test_projection(benchmark, shape, name):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("peers", "growth", "training", "compile"))
+    parser.add_argument("what", choices=("peers", "growth", "weighted", "training", "compile"))
     parser.add_argument("--sizes", nargs="+", metavar="NxM", help="matrices of the peers' table")
     parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each comparison")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks"), help="for figures")
@@ -365,6 +407,8 @@ def main() -> None:
         compare_peers(sizes or list(SIZES), options.seconds, options.out)
     elif options.what == "growth":
         growth(options.seconds, options.out)
+    elif options.what == "weighted":
+        weighted(options.seconds * 2)
     elif options.what == "training":
         training(options.seconds * 10)
     else:
