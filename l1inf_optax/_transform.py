@@ -190,7 +190,7 @@ def constrain(
         >>> grads = jax.tree.map(jnp.ones_like, params)
         >>> updates, state = tx.update(grads, state, params)
         >>> params = optax.apply_updates(params, updates)
-        >>> l1inf.l1inf_norm(params["hidden"]["kernel"]).round(6)
+        >>> l1inf.l1inf_norm(params["hidden"]["kernel"]).round(4)
         Array(1., dtype=float32)
     """
     if not callable(metric) and metric not in ("auto", "euclidean"):
