@@ -39,8 +39,9 @@ METHODS = ("newton", "sort")
 # Every pass of Newton's method divides excess times slope by four or more, and their product
 # starts below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000, and
 # with a metric as many more as its largest ratio has factors of four; real data takes 3 to 8.
-# Rounding has no such theorem: past this number of passes every other one bisects, and the search
-# ends after `_PASSES`, with a feasible column, whatever happens.
+# Rounding has no such theorem: past this number of passes any feasible threshold will do, steps
+# double until there is one, and the search ends after `_PASSES`, whatever happens.
+_USUAL_PASSES = 12
 _NEWTON_PASSES = 48
 _PASSES = 160
 _LARGEST_WEIGHT = 2.0**60
@@ -617,8 +618,8 @@ class _Scaling(NamedTuple):
     """Magnitudes scaled by a power of two to 1 <= c < 2, or lowered first and then scaled.
 
     Magnitudes that the scale would take out of range, those of a column far larger than c, are
-    lowered by what the largest threshold there is takes off them. What then underflows is nothing
-    beside the largest.
+    lowered by what a threshold near the root takes off them. What then underflows is nothing beside
+    the largest.
 
     Attributes:
         up: Two powers of two that take a value to this scale; their product could overflow.
@@ -626,7 +627,8 @@ class _Scaling(NamedTuple):
         far: Columns that are lowered.
         unit: Two powers of two that take the largest magnitude to [1, 2).
         back: Two that take this to the scale.
-        top: The largest threshold, of magnitudes times ``unit``.
+        tops: What lowers magnitudes times ``unit``: the largest threshold there is or, in a
+            weighted search, one next to the least there may be, and its rounding errors.
         infinite: Columns that hold an infinity, beside which every finite entry is nothing.
     """
 
@@ -635,20 +637,22 @@ class _Scaling(NamedTuple):
     far: jax.Array
     unit: Pair
     back: Pair
-    top: jax.Array
+    tops: Arrays
     infinite: jax.Array
 
     def finite(self, part: jax.Array) -> jax.Array:
         """Magnitudes, on their own scale, of which none is infinite."""
-        a = jnp.abs(part.astype(self.top.dtype))
+        a = jnp.abs(part.astype(self.unit[0].dtype))
         most = jnp.finfo(a.dtype).max
         return jnp.where(self.infinite, jnp.where(a == jnp.inf, most, 0), a)
 
     def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
         """Magnitudes on the scale."""
         a = self.finite(part)
-        lowered = _times(_over(_times(a, self.unit), (self.top, 0), slope), self.back)
-        return jnp.where(self.far, lowered, _rescale(a, self.up))
+        lowered = _times(a, self.unit)
+        for top in self.tops:
+            lowered = _over(lowered, (top, 0), slope)
+        return jnp.where(self.far, _times(lowered, self.back), _rescale(a, self.up))
 
 
 def _over(a: jax.Array, theta: tuple[ArrayLike, ArrayLike], slope: jax.Array | None) -> jax.Array:
@@ -684,21 +688,28 @@ def _columns(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: 
     up = _scale(-exponent)
     largest = _max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes)
     infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
-    far = largest * 2.0**-40 > radius
+    # A threshold's share of a weighted entry rounds with the entry: where the ball is small beside
+    # it, better once than at every threshold.
+    far = largest * (2.0**-40 if slope is None else 2.0**-4) > radius
     own = _exponent(jnp.maximum(largest, info.tiny))
     unit = _scale(-own)
     scaled = _times(radius, up)
-    scaling = _Scaling(up, _scale(exponent), far, unit, _scale(own - exponent), largest, infinite)
+    scaling = _Scaling(up, _scale(exponent), far, unit, _scale(own - exponent), (), infinite)
     if slope is None:
         slopes: tuple[jax.Array | None, ...] = (None,) * len(parts)
-        top, floor = _times(largest, unit), -scaled
+        tops: Arrays = (_times(largest, unit),)
     else:
-        slopes = slope
-        keys = (_times(scaling.finite(x), unit) / g for x, g in zip(parts, slope, strict=True))
-        top, floor = _max(tuple(keys), axes), -scaled * _LARGEST_WEIGHT
-    scaling = scaling._replace(top=top)
+        slopes, tops = slope, ()
+        a = tuple(_times(scaling.finite(x), unit) for x in parts)
+        for _ in range(3):  # each leaves an error of eps times what was lowered
+            top, _ = _beside(a, slope, _times(radius, unit), axes)
+            a = tuple(_over(x, (top, 0), g) for x, g in zip(a, slope, strict=True))
+            tops = *tops, top
+    scaling = scaling._replace(tops=tops)
+    entries = tuple(map(scaling.magnitude, parts, slopes))
+    floor = -scaled if slope is None else _beside(entries, slope, scaled, axes)[0]
     return _Columns(
-        entries=tuple(map(scaling.magnitude, parts, slopes)),
+        entries=entries,
         slope=slope,
         dtypes=dtypes,
         c=scaled,
@@ -759,11 +770,15 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     # How far below c a result may end: a few units in the last place, and what is lost where
     # a 16-bit format runs out of exponents.
     short = coarsest.eps > info.eps
-    slack = (2 if short else 4) * float(coarsest.eps) * columns.c
+    slack = (2 if short else 3) * float(coarsest.eps) * columns.c
     if short and columns.scaling is not None:
         n = _length(columns.entries, axes)
         least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
         slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
+
+    def beside() -> Pair:
+        magnitudes = tuple(map(columns.magnitude, columns.entries))
+        return _beside(magnitudes, columns.slope, columns.c, axes)
 
     def unfinished(search: _Search) -> jax.Array:
         return jnp.any(search.known & _DONE == 0) & (search.passes < _PASSES)
@@ -773,7 +788,6 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         total, excess, doubt, slope = _survivors(columns, trial, axes, search.passes < _PASSES)
         above, below = excess + doubt, excess - doubt  # the true excess lies between them
         feasible, late = above <= 0, passes > most
-        near = (above >= -slack) | late
 
         # The norm itself exceeds c by this much and more: the slope is steepest at the floor. Only
         # there are entries added up that were not rounded before.
@@ -783,17 +797,29 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         outside = (known & _OUTSIDE > 0) | (below - rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
         inside = asked & feasible
+        # With a metric the threshold's share of each entry rounds, and no step is finer than that.
+        # A column that is not done after so many passes has sums that round to and fro.
+        blur = doubt if columns.slope is None else doubt + eps * slope * height
+        blur *= jnp.where(passes > _USUAL_PASSES, 2, 0 if columns.slope is None else 0.5)
+        near = (above >= -(slack + blur)) | late
+        if columns.slope is not None:
+            near |= trial[0] - search.left <= 8 * eps * jnp.abs(trial[0])
         infinite = (total == jnp.inf) & (trial[0] == info.max)  # none but infinite entries survive
         done = (known & _DONE > 0) | (feasible & near & outside) | inside | infinite
         done |= jnp.isnan(excess)
 
         aim = slack / 16 if short else jnp.minimum(doubt, 1.5 * eps * columns.c)
+        aim += blur / 4
         # Entries that tie round alike, so that a step may change nothing: try longer ones, and in
         # the end ones that are sure to be long enough.
-        stretch = jnp.exp2(jnp.clip(passes - (4 if short else 12), 0, 3).astype(info.dtype))
+        stretch = jnp.exp2(
+            jnp.clip(passes - (4 if short else _USUAL_PASSES), 0, 3).astype(info.dtype)
+        )
         last = jnp.exp2(jnp.maximum(passes - most, 0).astype(info.dtype))
         far = below > 2.0**-8 * columns.c
-        close = jnp.minimum((above + aim) * jnp.where(feasible, 1, stretch), above + slack / 2)
+        close = jnp.minimum(
+            (above + aim) * jnp.where(feasible, 1, stretch), above + (slack + blur) / 2
+        )
         gain = jnp.where(far, below * (1 - 4 * eps), close) / slope  # a quotient rounds, too
         newton = _shift(trial, jnp.where(total < jnp.inf, gain, 0) * last)
         # If the tail falls exponentially the root is log(norm / c) times norm / slope away.
@@ -806,11 +832,10 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.
         steep = (total > _STEEP * columns.c) & ~done & (known & _TOPPED == 0)
-        beside = lax.cond(jnp.any(steep), lambda: _beside(columns, axes), lambda: floor)
-        following = _choose(steep, _larger(newton, beside), following)
+        at_least = lax.cond(jnp.any(steep), beside, lambda: floor)
+        following = _choose(steep, _larger(newton, at_least), following)
 
-        # Entries were rounded to be stored, so that the norm may be too large by as much.
-        left = trial[0] + jnp.maximum(below - total * float(coarsest.eps) - slack, 0) / slope
+        left = trial[0] + jnp.maximum(below - rounded - slack, 0) / slope
         left = left - jnp.abs(left) * (4 * eps)
         lower = jnp.where(trial[0] > search.left, search.left, columns.floor)
         left = jnp.where(feasible | ~(left > lower), lower, left)
@@ -847,18 +872,16 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     return search._replace(trial=trial, known=known)
 
 
-def _beside(columns: _Columns, axes: Axes) -> Pair:
-    """The threshold at which the largest survivor has the norm c: left of the root."""
-    most = jnp.full_like(columns.c, jnp.finfo(columns.c.dtype).max)
-    a = tuple(map(columns.magnitude, columns.entries))
-    if columns.slope is None:
+def _beside(a: Arrays, slope: Arrays | None, c: jax.Array, axes: Axes) -> Pair:
+    """The largest threshold that leaves some magnitude at c: left of the root."""
+    most = jnp.full_like(c, jnp.finfo(c.dtype).max)
+    if slope is None:
         top = _max(a, axes)
-        beside = _shift((top, jnp.zeros_like(top)), -columns.c)
+        beside = _shift((top, jnp.zeros_like(top)), -c)
     else:
-        keys = ((x - columns.c) / g for x, g in zip(a, columns.slope, strict=True))
-        top = _max(tuple(keys), axes, initial=-jnp.inf)
-        top = top - jnp.abs(top) * 2.0**-20
-        beside = top, jnp.zeros_like(top)
+        keys = ((x - c) / g for x, g in zip(a, slope, strict=True))
+        top = _max(tuple(keys), axes, initial=-float(jnp.finfo(c.dtype).max))
+        beside = top - jnp.abs(top) * (4 * float(jnp.finfo(c.dtype).eps)), jnp.zeros_like(top)
     return _choose(top < jnp.inf, beside, (most, jnp.zeros_like(most)))
 
 
@@ -1097,7 +1120,7 @@ class _Found(NamedTuple):
 def _find(columns: _Columns, start: jax.Array, axes: Axes, method: str) -> _Found:
     scaling = columns.scaling
     if scaling is not None:
-        lowered = jnp.where(scaling.far, _times(scaling.top, _reciprocal(scaling.unit)), 0)
+        lowered = jnp.where(scaling.far, _times(scaling.tops[0], _reciprocal(scaling.unit)), 0)
         start = _times(start - lowered, scaling.up)
     if method == "sort":
         start = _sort(columns, axes)
