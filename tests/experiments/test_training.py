@@ -189,3 +189,14 @@ def test_zeros_are_held_from_the_given_step_on():
         held, state = tx.update(updates, state, params)
         moved.append(held["w"].tolist())
     assert moved == [[0.5, 0.5], [0.5, 0.5], [0.0, 0.5], [0.0, 0.5]]
+
+
+def test_lanes_may_differ_in_their_learning_rates():
+    rates = [0.0, 0.01, 0.05]
+    own = TASK._replace(optimizer=lambda c, rate: optax.chain(optax.sgd(rate), clip(c)))
+    lanes = [Lane(0, 0.5, rate) for rate in rates]
+    together = train(own, lanes, SHARED, **OPTIONS).params["w"]
+    for rate, w in zip(rates, together, strict=True):
+        fixed = TASK._replace(optimizer=lambda c, rate=rate: optax.chain(optax.sgd(rate), clip(c)))
+        alone = train(fixed, [Lane(0, 0.5)], SHARED, **OPTIONS).params["w"][0]
+        np.testing.assert_allclose(w, alone, rtol=1e-6)
