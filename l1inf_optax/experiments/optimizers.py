@@ -373,6 +373,7 @@ def _figure(table: Sequence[Row]) -> Figure:
         _panel(ax, [row for row in table if (row["problem"], row["c"]) == task], names)
         problem, c = task
         ax.set(title=f"{problem}, c = {c:g}", xlabel=PROBLEMS[problem].error_name)
+        ax.set_xscale("log" if problem == "regression" else "linear")
     panels[0].set(yticks=range(len(names)), yticklabels=names, ylabel="optimizer")
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -392,5 +393,4 @@ def _panel(ax: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
             capsize=2,
             label=labels[projection],
         )
-    ax.set_xscale("log")
     ax.grid(axis="x", which="both", alpha=0.3)
