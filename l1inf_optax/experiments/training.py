@@ -12,7 +12,7 @@ differ in nothing but c. `train` goes like this:
 5. return the parameters of all lanes, stacked.
 
 c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
-lane like any other.
+lane like any other. So is a learning rate, where lanes name one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +36,7 @@ Params = Any
 Data = tuple[ArrayLike, ArrayLike]
 Apply = Callable[[Params, jax.Array], Any]
 Metric = Callable[[Any, jax.Array], jax.Array]
+_Chosen = tuple[jax.Array, ...]  # what `Task.optimizer` is called with: c, perhaps a rate
 
 
 class Lane(NamedTuple):
@@ -44,10 +45,12 @@ class Lane(NamedTuple):
     Attributes:
         trial: fixes the initial weights and the minibatches, together with the seed.
         c: the normalization constant, ``inf`` for none.
+        rate: the learning rate, where the lanes differ in theirs: then every lane names one.
     """
 
     trial: int
     c: float
+    rate: float | None = None
 
 
 class Task(NamedTuple):
@@ -57,13 +60,14 @@ class Task(NamedTuple):
         init: ``(key, c) -> params``.
         apply: ``(params, x) -> outputs``, for a batch of inputs.
         loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
-        optimizer: ``c -> transformation``, which keeps the lane in its ball. c is traced.
+        optimizer: ``c -> transformation``, which keeps the lane in its ball; called with
+            ``(c, rate)`` where the lanes name their rates. Both are traced.
     """
 
     init: Callable[[jax.Array, jax.Array], Params]
     apply: Apply
     loss: Metric
-    optimizer: Callable[[jax.Array], optax.GradientTransformation]
+    optimizer: Callable[..., optax.GradientTransformation]
 
 
 class Progress(NamedTuple):
@@ -142,8 +146,8 @@ def train(
     if lanes_at_once is None:
         lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
 
-    keys, trials, radii = _lane_arrays(lanes, seed)
-    state = _start(task, keys, radii)
+    keys, trials, chosen = _lane_arrays(lanes, seed)
+    state = _start(task, keys, chosen)
     history = []
     steps = steps_per_epoch(y.shape[1], batch_size)
     for epoch in range(epochs):
@@ -156,7 +160,7 @@ def train(
                 state,
                 keys,
                 trials,
-                radii,
+                chosen,
                 epoch,
                 first,
                 last,
@@ -247,24 +251,26 @@ def shrink_into_ball(params: Params, c: jax.Array) -> Params:
     return jax.tree_util.tree_map_with_path(shrink, params)
 
 
-def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, _Chosen]:
     trials = jnp.array([lane.trial for lane in lanes])
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
     # Rounded down: a column within the float32 radius is then within c itself.
     c = np.array([lane.c for lane in lanes])
     nearest = c.astype(np.float32)
     radii = np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest)
-    return keys, trials, jnp.asarray(radii)
+    if all(lane.rate is None for lane in lanes):
+        return keys, trials, (jnp.asarray(radii),)
+    return keys, trials, (jnp.asarray(radii), jnp.array([lane.rate for lane in lanes]))
 
 
 @partial(jax.jit, static_argnums=0)
-def _start(task: Task, keys: jax.Array, radii: jax.Array) -> _State:
-    def one(lane: tuple[jax.Array, jax.Array]) -> _State:
-        key, c = lane
-        params = task.init(jax.random.fold_in(key, 0), c)
-        return _State(params, task.optimizer(c).init(params))
+def _start(task: Task, keys: jax.Array, chosen: _Chosen) -> _State:
+    def one(lane: tuple[jax.Array, _Chosen]) -> _State:
+        key, own = lane
+        params = task.init(jax.random.fold_in(key, 0), own[0])
+        return _State(params, task.optimizer(*own).init(params))
 
-    return jax.lax.map(one, (keys, radii))
+    return jax.lax.map(one, (keys, chosen))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -275,7 +281,7 @@ def _advance(
     state: _State,
     keys: jax.Array,
     trials: jax.Array,
-    radii: jax.Array,
+    chosen: _Chosen,
     epoch: jax.Array,
     first: jax.Array,
     last: jax.Array,
@@ -284,9 +290,9 @@ def _advance(
 ) -> tuple[_State, jax.Array, jax.Array]:
     """Minibatches ``first`` to ``last`` of an epoch, in every lane."""
 
-    def one(lane: tuple[_State, jax.Array, jax.Array, jax.Array]) -> tuple:
-        state, key, trial, c = lane
-        update = task.optimizer(c).update
+    def one(lane: tuple[_State, jax.Array, jax.Array, _Chosen]) -> tuple:
+        state, key, trial, settings = lane
+        update = task.optimizer(*settings).update
         n = y.shape[1]
         order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
         own = trial % y.shape[0]
@@ -306,4 +312,4 @@ def _advance(
         state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
         return state, total / (last - first), share_of_zeros(state.params)
 
-    return jax.lax.map(one, (state, keys, trials, radii), batch_size=lanes_at_once)
+    return jax.lax.map(one, (state, keys, trials, chosen), batch_size=lanes_at_once)

@@ -176,3 +176,14 @@ def test_only_long_columns_of_augmented_kernels_are_shrunk():
     np.testing.assert_array_equal(shrunk["readout"]["kernel"], 5 * kernel)
     free = shrink_into_ball(params, jnp.float32(jnp.inf))
     np.testing.assert_array_equal(free["hidden_0"]["augmented_kernel"], kernel)
+
+
+def test_lanes_may_differ_in_their_learning_rates():
+    rates = [0.0, 0.01, 0.05]
+    own = TASK._replace(optimizer=lambda c, rate: optax.chain(optax.sgd(rate), clip(c)))
+    lanes = [Lane(0, 0.5, rate) for rate in rates]
+    together = train(own, lanes, SHARED, **OPTIONS).params["w"]
+    for rate, w in zip(rates, together, strict=True):
+        fixed = TASK._replace(optimizer=lambda c, rate=rate: optax.chain(optax.sgd(rate), clip(c)))
+        alone = train(fixed, [Lane(0, 0.5)], SHARED, **OPTIONS).params["w"][0]
+        np.testing.assert_allclose(w, alone, rtol=1e-6)
