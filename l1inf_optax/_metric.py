@@ -27,7 +27,8 @@ class _Moments(NamedTuple):
     """The fields of a state that the updates depend on.
 
     Attributes:
-        first: Running means of gradients or of updates: in these the updates are linear.
+        first: What a step without a gradient starts without: running means of gradients or of
+            updates, in which the updates are linear.
         second: Running means of squares: these are the metric.
         settled: Values that make a step take over some of the second moments it is given.
     """
@@ -40,7 +41,7 @@ class _Moments(NamedTuple):
 # By the names of optax's states, as it does not export all of them.
 _MOMENTS = {
     "ScaleByAdamState": _Moments(("mu",), ("nu",)),  # adam(w), nadam(w), radam, yogi, lamb, adamax
-    "ScaleByAmsgradState": _Moments(("mu", "nu"), ("nu_max",)),
+    "ScaleByAmsgradState": _Moments(("mu", "nu"), ("nu_max",)),  # nu only raises nu_max
     "ScaleByBeliefState": _Moments(("mu",), ("nu",)),
     "ScaleByNovogradState": _Moments(("mu",), ("nu",)),
     "ScaleByRmsState": _Moments((), ("nu",)),
@@ -74,16 +75,16 @@ _NEUTRAL = {
     "SnapshotState",
     "ZeroNansState",
 }
+# Those that may step differently in different leaves, or adapt without second moments of their own.
+_UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State"}
 # A gradient so small that no second moment notices, and so large that its square, times what a
 # running mean takes of it, is a normal number.
 _NEXT_TO_NOTHING = 1e-15
-_SAMPLE = 4096
+_SAMPLE = 4096  # entries of a leaf that tell its factor
 _CHOICES = (
     "Give metric='euclidean', which suits optimizers that step along the gradient itself, or a "
     "function metric(state, params) that returns the weights of the optimizer's own metric"
 )
-
-_UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State"}
 
 
 def is_euclidean(state: Any) -> bool:

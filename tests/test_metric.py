@@ -252,7 +252,7 @@ def unheard_of(rate=0.02):
         (optax.lion(0.1), "ScaleByLionState"),
         (optax.contrib.muon(0.1), "MuonState"),
         (optax.sign_sgd(0.1), "sign-SGD"),
-        (optax.chain(optax.clip(1.0), optax.signum(0.1)), "sign"),
+        (optax.chain(optax.clip(1.0), optax.sign_sgd(0.1)), "sign-SGD"),
     ],
 )
 def test_auto_never_guesses(optimizer, said):
