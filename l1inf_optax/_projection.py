@@ -531,7 +531,7 @@ def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
 def _column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, correctly rounded but for the last bit's last doubt."""
     a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
-    go = jnp.asarray(True)
+    go = jnp.asarray(True)  # here the compiler may compute twice: nobody waits for a norm
     total, error = _total(
         lambda: _fold(lambda x: (x, jnp.zeros_like(x)), (a,), axes, _doubled), axes, go
     )

@@ -28,7 +28,7 @@ import optax
 import pytest
 
 import l1inf_optax as l1inf
-from l1inf_optax._projection import Projected, Request, project_all, project_columns
+from l1inf_optax._projection import Projected, Request, project_all
 from tests.benchmarks.timing import Step, interleaved, seconds
 
 SIZES = ((501, 100), (785, 900), (1001, 300), (4097, 4096), (16385, 4096))
@@ -36,7 +36,13 @@ LARGE = 20_000_000  # entries above which the sorting peers are timed for one ki
 MOVED = 1e-3  # size of a training step, relative to the mean weight that is not zero
 ENTRIES = 20_000_000  # of the largest matrix in the growth plot
 
-project = jax.jit(lambda x, c, start: project_columns((x,), c, (0,), start=start), static_argnums=1)
+
+@functools.partial(jax.jit, static_argnums=1)
+def project(
+    x: jax.Array, c: float, start: jax.Array | None, slope: jax.Array | None = None
+) -> Projected:
+    slopes = None if slope is None else (slope,)
+    return project_all(lambda x: (x,), [Request((x,), c, (0,), start, slopes, bounded=True)])[0]
 
 
 def columns(kind: str, shape: tuple[int, int]) -> np.ndarray:
@@ -53,15 +59,15 @@ def radius(x: np.ndarray, zeros: float) -> float:
     return float(np.maximum(a - np.quantile(a, zeros), 0).sum(0).mean())
 
 
-def trained(x: jax.Array, c: float) -> tuple[jax.Array, jax.Array]:
+def trained(x: jax.Array, c: float, slope: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """A matrix after a training step that moved its weights, and the thresholds of the last one."""
-    weights, threshold = project(x, c, None).parts[0], None
+    last = project(x, c, None, slope)
     for seed in range(2):
+        weights, threshold = last.parts[0], last.threshold
         mean = jnp.sum(jnp.abs(weights)) / jnp.count_nonzero(weights)
         noise = jax.random.normal(jax.random.key(seed), x.shape, jnp.float32)
         moved = (weights + MOVED * mean * noise * (weights != 0)).astype(x.dtype)
-        if seed == 0:
-            weights, threshold = project(moved, c, None).parts[0], project(moved, c, None).threshold
+        last = project(moved, c, None, slope)
     return moved, threshold
 
 
@@ -236,12 +242,6 @@ def growth(budget: float, out: Path) -> None:
 def weighted(budget: float) -> None:
     """The projection in a metric that spans a factor of a thousand, beside the Euclidean one."""
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def projected(x: jax.Array, slope: jax.Array | None, c: float, start: Any) -> Projected:
-        slopes = None if slope is None else (slope,)
-        request = Request((x,), c, (0,), start, slopes, bounded=True)
-        return project_all(lambda x: (x,), [request])[0]
-
     names = ("cold", "warm", "with a metric, cold", "with a metric, warm")
     print("| matrix | V * c, ms | " + " | ".join(names) + " | passes |\n" + "| --- " * 7 + "|")
     for shape in SIZES[1:4]:
@@ -249,18 +249,10 @@ def weighted(budget: float) -> None:
         x, c = jnp.asarray(host), radius(host, 0.9)
         steps, passes = [multiply(x)], []
         for slope in (None, jnp.exp(-7 * jax.random.uniform(jax.random.key(2), shape))):
-            last = projected(x, slope, c, None)
-            for seed in range(
-                2
-            ):  # two training steps: the thresholds of the first start the second
-                weights, threshold = last.parts[0], last.threshold
-                mean = jnp.sum(jnp.abs(weights)) / jnp.count_nonzero(weights)
-                noise = jax.random.normal(jax.random.key(seed), shape) * (weights != 0)
-                moved = weights + MOVED * mean * noise
-                last = projected(moved, slope, c, threshold)
-            for start in ((x, slope, c, None), (moved, slope, c, threshold)):
-                passes.append(int(projected(*start).passes))
-                steps.append(functools.partial(projected, *start))
+            moved, threshold = trained(x, c, slope)
+            for start in ((x, c, None, slope), (moved, c, threshold, slope)):
+                passes.append(int(project(*start).passes))
+                steps.append(functools.partial(project, *start))
         times = np.median(interleaved(steps, budget), axis=0)
         cells = " | ".join(f"{ratio:.1f}" for ratio in times[1:] / times[0])
         print(
