@@ -106,6 +106,59 @@ def plot_receptive_fields(
     return ax
 
 
+def plot_trials(
+    c: ArrayLike, values: ArrayLike, ax: Axes | None = None, *, label: str = ""
+) -> Axes:
+    """Box plots over trials, one for each c (Figures 1, 2 and 4 of the paper).
+
+    Args:
+        c: ``(m,)`` radii, drawn at equal distances in the order given; ``inf`` is no constraint.
+        values: ``(trials, m)``.
+        ax: where to draw; the current axes by default.
+        label: of the vertical axis.
+
+    Returns:
+        The axes. Boxes span the quartiles, whiskers at most 1.5 times as much beyond them, lines
+        are medians and circles the trials further out.
+
+    Raises:
+        ValueError: if ``values`` has not one column for each c.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> import numpy as np
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_trials([1.0, np.inf], np.ones((10, 2)), ax, label="test error")
+        >>> [tick.get_text() for tick in ax.get_xticklabels()]
+        ['1', '∞']
+    """
+    radii, samples = np.asarray(c, np.float64), np.asarray(values)
+    if samples.ndim != 2 or samples.shape[1:] != radii.shape:
+        raise ValueError(
+            f"values has shape {samples.shape}, for c of shape {radii.shape}: give (trials, m) "
+            "values for m radii"
+        )
+    ax = plt.gca() if ax is None else ax
+    names = ["∞" if np.isinf(radius) else f"{radius:g}" for radius in radii]
+    line = {"color": ORANGE, "linewidth": 1.5}
+    outliers = {"marker": "o", "markersize": 3, "markeredgecolor": BLUE}
+    ax.boxplot(
+        samples,
+        medianprops=line,
+        flierprops=outliers,
+        boxprops={"color": BLUE},
+        whiskerprops={"color": BLUE},
+        capprops={"color": BLUE},
+    )
+    ax.set_xticks(range(1, len(radii) + 1), names)
+    ax.set(xlabel="normalization constant c", ylabel=label)
+    ax.grid(axis="y", alpha=0.3)
+    return ax
+
+
 def plot_tradeoff(
     c: ArrayLike,
     accuracy: ArrayLike,

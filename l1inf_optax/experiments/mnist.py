@@ -31,14 +31,14 @@ from rich.console import Console
 import l1inf_optax as l1inf
 from l1inf_optax import plotting
 from l1inf_optax.experiments import options, report
-from l1inf_optax.experiments.data import PIXELS, Digits, load_digits
+from l1inf_optax.experiments.data import PIXELS, load_digits
 from l1inf_optax.experiments.training import (
     OPTIMIZERS,
     Lane,
     Params,
     Task,
-    evaluate,
-    share_of_zeros,
+    measure,
+    right_percent,
     shrink_into_ball,
     steps_per_epoch,
     train,
@@ -106,8 +106,23 @@ def run(args: argparse.Namespace) -> None:
     settings["data"] = digits.source
     lanes = [Lane(t, c) for t in range(settings["trials"]) for c in dict.fromkeys(settings["c"])]
 
-    params = _train(digits, lanes, settings, console)
-    table = report.rows(lanes, _measure(digits, lanes, params))
+    epochs, batch_size = settings["epochs"], settings["batch_size"]
+    steps = epochs * steps_per_epoch(len(digits.y_train), batch_size)
+    task = make_task(settings["optimizer"], settings["learning_rate"], steps)
+    train_data = digits.x_train[None], digits.y_train[None]
+    test_data = digits.x_test[None], digits.y_test[None]
+    with report.training_bar(console, steps) as watch:
+        params = train(
+            task,
+            lanes,
+            train_data,
+            epochs=epochs,
+            batch_size=batch_size,
+            seed=settings["seed"],
+            watch=watch,
+        ).params
+    measured = measure(task, params, lanes, train_data, test_data, test_accuracy=right_percent)
+    table = report.rows(lanes, measured)
     title = f"784-900-10 on {len(digits.y_train):,} digits ({digits.source})"
     report.print_table(console, title, table)
 
@@ -139,45 +154,6 @@ def make_task(optimizer_name: str, learning_rate: float, steps: int) -> Task:
 
     loss = optax.softmax_cross_entropy_with_integer_labels
     return Task(init, NETWORK.apply, loss, optimizer)
-
-
-def _train(
-    digits: Digits, lanes: Sequence[Lane], settings: dict[str, Any], console: Console
-) -> Params:
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    steps = epochs * steps_per_epoch(len(digits.y_train), batch_size)
-    with report.training_bar(console, steps) as watch:
-        return train(
-            make_task(settings["optimizer"], settings["learning_rate"], steps),
-            lanes,
-            (digits.x_train[None], digits.y_train[None]),
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=settings["seed"],
-            watch=watch,
-        ).params
-
-
-def _measure(digits: Digits, lanes: Sequence[Lane], params: Params) -> dict[str, np.ndarray]:
-    """The paper's columns, for every lane."""
-
-    def right(logits: jax.Array, y: jax.Array) -> jax.Array:
-        return 100.0 * (logits.argmax(-1) == y)
-
-    error = optax.softmax_cross_entropy_with_integer_labels
-    metrics = {"error": error, "accuracy": right}
-    on_train, on_test = (
-        evaluate(NETWORK.apply, metrics, params, lanes, (x[None], y[None]))
-        for x, y in ((digits.x_train, digits.y_train), (digits.x_test, digits.y_test))
-    )
-    return {
-        "train_error": on_train["error"],
-        "test_error": on_test["error"],
-        "generalization_error": np.abs(on_test["error"] - on_train["error"]),
-        "test_accuracy": on_test["accuracy"],
-        "sparsity": np.asarray(jax.vmap(share_of_zeros)(params)),
-        "sparsity_1e-3": np.asarray(jax.vmap(lambda p: share_of_zeros(p, 1e-3))(params)),
-    }
 
 
 def _tradeoff(table: Sequence[dict[str, Any]]) -> Figure:

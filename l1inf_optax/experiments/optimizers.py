@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.progress import track
 
 import l1inf_optax as l1inf
-from l1inf_optax.experiments import options, report, synthetic
+from l1inf_optax.experiments import options, recipes, report, synthetic
 from l1inf_optax.experiments.training import (
     Data,
     Lane,
@@ -105,7 +105,7 @@ QUICK: dict[str, Any] = {
 }
 
 SAMPLES = 500  # to train on
-WARMUP = 0.1  # share of the steps over which the learning rate rises
+RISE = 0.1  # share of the steps over which the learning rate rises
 FALL = 0.5  # share of the steps over which c falls; after them zeros are held
 
 
@@ -254,37 +254,19 @@ def make_task(problem_name: str, optimizer_name: str, projection: str, steps: in
 
     def init(key: jax.Array, c: jax.Array) -> Params:
         params = problem.network.init(key, jnp.zeros((1, problem.inputs)))
-        return jax.tree_util.tree_map_with_path(partial(_start, problem, c), params)
+        return recipes.start_on_boundary(
+            params, problem.first * c, problem.bias_share, problem.readout(c)
+        )
 
     def optimizer(c: jax.Array, rate: jax.Array) -> optax.GradientTransformation:
-        inner = OPTIMIZERS[optimizer_name](_schedule(rate, steps))
-        falling = optax.exponential_decay(
-            problem.first * c, transition_steps=fall, decay_rate=1 / problem.first, end_value=c
-        )
-        radii = {"hidden_*": falling, "readout": None}
+        inner = OPTIMIZERS[optimizer_name](recipes.warm_up_and_decay(rate, RISE, steps))
+        radii = {"hidden_*": recipes.falling_radius(c, problem.first, fall), "readout": None}
         if projection == "constrain":
             return l1inf.constrain(inner, radii, hold_zeros_from=fall)
         project = l1inf.keep_params_in_l1inf_ball(radii, hold_zeros_from=fall)
         return optax.chain(inner, project)
 
     return Task(init, problem.network.apply, problem.loss, optimizer)
-
-
-def _schedule(rate: jax.Array, steps: int) -> optax.Schedule:
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, round(WARMUP * steps), steps)
-    return lambda step: rate * shape(step)
-
-
-def _start(problem: Problem, c: jax.Array, path: tuple, leaf: jax.Array) -> jax.Array:
-    """A leaf's first value: a column on the boundary, the readout's kernel scaled."""
-    name = path[-1].key
-    if name == "kernel":
-        return leaf * problem.readout(c)
-    if name != "augmented_kernel":
-        return leaf
-    budget, share = problem.first * c, problem.bias_share
-    weights = leaf[1:] * ((1 - share) * budget / jnp.abs(leaf[1:]).sum(axis=0))
-    return jnp.concatenate([jnp.full_like(leaf[:1], share * budget), weights])
 
 
 def _all_data(problem: Problem, settings: dict[str, Any]) -> Split:

@@ -75,13 +75,16 @@ def add_training_options(
 
     Args:
         parser: the experiment's parser.
-        defaults: the experiment's settings when an option is not given: c, epochs, batch_size,
-            trials, seed.
+        defaults: the experiment's settings when an option is not given. Of c, epochs, batch_size,
+            trials and seed it has an option for those that are named here.
         quick: what ``--quick`` takes instead, of these.
     """
 
     def add(flag: str, kind: Any, text: str, **more: Any) -> None:
-        default = defaults[flag.removeprefix("--").replace("-", "_")]
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in defaults:
+            return
+        default = defaults[name]
         shown = " ".join(f"{c:g}" for c in default) if isinstance(default, list) else default
         parser.add_argument(
             flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **more
@@ -91,7 +94,7 @@ def add_training_options(
     add("--epochs", positive_int, "passes over the training data", metavar="N")
     add("--batch-size", positive_int, "examples per minibatch", metavar="N")
     add("--trials", positive_int, "networks to train for every c", metavar="N")
-    add("--seed", natural_int, "of initialisation and minibatches", metavar="N")
+    add("--seed", natural_int, "of everything random", metavar="N")
     instead = ", ".join(
         f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in value)}"
         if isinstance(value, list)

@@ -20,10 +20,13 @@ from l1inf_optax.experiments import training
 COLUMNS = {
     "train_error": ("train err", "{:.3f}"),
     "test_error": ("test err", "{:.3f}"),
+    "paper_test_error": ("(paper)", "{:.3f}"),
     "generalization_error": ("gen err", "{:.3f}"),
     "test_accuracy": ("test acc %", "{:.2f}"),
+    "paper_test_accuracy": ("(paper)", "{:.2f}"),
     "sparsity": ("zeros %", "{:.1f}"),
     "sparsity_1e-3": ("<1e-3 %", "{:.1f}"),
+    "paper_sparsity": ("(paper)", "{:.1f}"),
 }
 
 PACKAGES = ("l1inf-optax", "jax", "jaxlib", "optax", "flax", "numpy")
@@ -79,7 +82,10 @@ def rows(
 
 
 def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]) -> None:
-    """Print rows in the paper's columns, as mean ± standard deviation over the trials."""
+    """Print rows in the paper's columns, as mean ± standard deviation over the trials.
+
+    A column without a standard deviation, such as a figure of the paper, is printed as it is.
+    """
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     out.add_column("c", justify="right")
     names = [name for name in COLUMNS if any(name in row for row in table)]
@@ -89,14 +95,19 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
         cells = ["∞" if math.isinf(row["c"]) else f"{row['c']:g}"]
         for name in names:
             number = COLUMNS[name][1].format
-            spread = f"±{number(row['std'][name])}" if row["trials"] > 1 else ""
-            cells.append(number(row[name]) + spread)
+            mean = number(row[name]) if name in row else ""
+            has_spread = name in row["std"] and row["trials"] > 1
+            cells.append(f"{mean}±{number(row['std'][name])}" if has_spread else mean)
         out.add_row(*cells)
     console.print(out)
 
 
 def write_json(
-    path: Path, experiment: str, settings: Mapping[str, Any], table: Sequence[Mapping[str, Any]]
+    path: Path,
+    experiment: str,
+    settings: Mapping[str, Any],
+    table: Sequence[Mapping[str, Any]],
+    **more: Any,
 ) -> None:
     """Write settings, versions and rows to ``path``.
 
@@ -108,12 +119,14 @@ def write_json(
         experiment: the command's name.
         settings: what the run was asked to do.
         table: rows as `rows` makes them.
+        **more: further entries of the document.
     """
     document = {
         "experiment": experiment,
         "settings": settings,
         "versions": _versions(),
         "rows": table,
+        **more,
     }
     path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
 

@@ -5,7 +5,8 @@ minibatches, and a normalization constant c, which touches neither. So the netwo
 differ in nothing but c. `train` goes like this:
 
 1. initialise all lanes;
-2. cut every epoch into pieces of at most ``steps_per_call`` minibatches;
+2. cut the epochs into pieces of at most ``steps_per_call`` minibatches, or put several short
+   epochs into one piece;
 3. for each piece call one compiled function, which shuffles by (seed, trial, epoch) and takes the
    optimizer's step on each of the piece's minibatches, in every lane;
 4. note every lane's mean loss and share of zeros, and tell whoever watches;
@@ -15,7 +16,7 @@ c is data, not a constant of the compiled program: another c costs no compilatio
 lane like any other. So is a learning rate, where lanes name one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -150,27 +151,15 @@ def train(
     state = _start(task, keys, chosen)
     history = []
     steps = steps_per_epoch(y.shape[1], batch_size)
-    for epoch in range(epochs):
-        for first in range(0, steps, steps_per_call):
-            last = min(first + steps_per_call, steps)
-            state, losses, zeros = _advance(
-                task,
-                batch_size,
-                lanes_at_once,
-                state,
-                keys,
-                trials,
-                chosen,
-                epoch,
-                first,
-                last,
-                x,
-                y,
-            )
-            progress = Progress(epoch * steps + last, np.asarray(losses), np.asarray(zeros))
-            history.append(progress)
-            if watch:
-                watch(progress)
+    for piece in _pieces(epochs, steps, steps_per_call):
+        state, losses, zeros = _advance(
+            task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, x, y
+        )
+        done = (piece.last_epoch - 1) * steps + piece.last
+        progress = Progress(done, np.asarray(losses), np.asarray(zeros))
+        history.append(progress)
+        if watch:
+            watch(progress)
     return Trained(state.params, history)
 
 
@@ -212,6 +201,47 @@ def evaluate(
 
     means = all_lanes(params, jnp.array([lane.trial for lane in lanes]), x, y)
     return {name: np.asarray(mean) for name, mean in means.items()}
+
+
+def measure(
+    task: Task,
+    params: Params,
+    lanes: Sequence[Lane],
+    train_data: Data,
+    test_data: Data,
+    **more: Metric,
+) -> dict[str, np.ndarray]:
+    """The columns of the paper's tables, for every lane.
+
+    Args:
+        task: what was trained; its loss is the error.
+        params: stacked parameters, as `train` returns them.
+        lanes: the lanes, in the same order.
+        train_data: what they trained on.
+        test_data: what they have not seen, laid out alike.
+        **more: further means over the test data, by name.
+
+    Returns:
+        ``(lanes,)`` for each of train_error, test_error, generalization_error (their distance),
+        the names in ``more``, sparsity (exact zeros among all parameters, in percent) and
+        sparsity_1e-3 (magnitudes below 1e-3, as the paper counts by all signs).
+    """
+    on_train = evaluate(task.apply, {"error": task.loss}, params, lanes, train_data)["error"]
+    on_test = evaluate(task.apply, {"error": task.loss, **more}, params, lanes, test_data)
+    test_error = on_test.pop("error")
+    return {
+        "train_error": on_train,
+        "test_error": test_error,
+        "generalization_error": np.abs(test_error - on_train),
+        **on_test,
+        "sparsity": np.asarray(jax.vmap(share_of_zeros)(params)),
+        "sparsity_1e-3": np.asarray(jax.vmap(partial(share_of_zeros, below=1e-3))(params)),
+    }
+
+
+def right_percent(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """100 where the largest logit is the class's, 0 elsewhere: its mean is the accuracy."""
+    return 100.0 * (logits.argmax(-1) == y)
 
 
 def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
@@ -263,6 +293,27 @@ def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array
     return keys, trials, (jnp.asarray(radii), jnp.array([lane.rate for lane in lanes]))
 
 
+class _Piece(NamedTuple):
+    """Minibatches ``first`` to ``last`` of each of the epochs ``first_epoch`` to ``last_epoch``.
+
+    Either bound is like those of `range`.
+    """
+
+    first_epoch: int
+    last_epoch: int
+    first: int
+    last: int
+
+
+def _pieces(epochs: int, steps: int, steps_per_call: int) -> Iterator[_Piece]:
+    """What one compiled call does, after the other."""
+    together = max(1, steps_per_call // steps)
+    for epoch in range(0, epochs, together):
+        last_epoch = min(epoch + together, epochs)
+        for first in range(0, steps, steps_per_call):
+            yield _Piece(epoch, last_epoch, first, min(first + steps_per_call, steps))
+
+
 @partial(jax.jit, static_argnums=0)
 def _start(task: Task, keys: jax.Array, chosen: _Chosen) -> _State:
     def one(lane: tuple[jax.Array, _Chosen]) -> _State:
@@ -282,22 +333,19 @@ def _advance(
     keys: jax.Array,
     trials: jax.Array,
     chosen: _Chosen,
-    epoch: jax.Array,
-    first: jax.Array,
-    last: jax.Array,
+    piece: _Piece,
     x: jax.Array,
     y: jax.Array,
 ) -> tuple[_State, jax.Array, jax.Array]:
-    """Minibatches ``first`` to ``last`` of an epoch, in every lane."""
+    """The minibatches of a piece, in every lane."""
 
     def one(lane: tuple[_State, jax.Array, jax.Array, _Chosen]) -> tuple:
         state, key, trial, settings = lane
         update = task.optimizer(*settings).update
         n = y.shape[1]
-        order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
         own = trial % y.shape[0]
 
-        def step(i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple[_State, jax.Array]:
+        def step(order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
             (params, opt_state), total = carry
             rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
 
@@ -308,8 +356,15 @@ def _advance(
             updates, opt_state = update(grads, opt_state, params)
             return _State(optax.apply_updates(params, updates), opt_state), total + loss
 
-        # Its bounds are traced: a last piece that is shorter needs no second program.
-        state, total = jax.lax.fori_loop(first, last, step, (state, jnp.zeros(())))
-        return state, total / (last - first), share_of_zeros(state.params)
+        def one_epoch(epoch: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
+            order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
+            return jax.lax.fori_loop(piece.first, piece.last, partial(step, order), carry)
+
+        # The bounds are traced: a last piece that is shorter needs no second program.
+        state, total = jax.lax.fori_loop(
+            piece.first_epoch, piece.last_epoch, one_epoch, (state, jnp.zeros(()))
+        )
+        taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
+        return state, total / taken, share_of_zeros(state.params)
 
     return jax.lax.map(one, (state, keys, trials, chosen), batch_size=lanes_at_once)

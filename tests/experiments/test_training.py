@@ -62,12 +62,15 @@ def test_lanes_computed_together_agree_to_rounding(at_once):
     np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_the_size_of_a_call_changes_nothing():
-    expected = train(TASK, LANES, SHARED, **OPTIONS)
-    got = train(TASK, LANES, SHARED, steps_per_call=2, **OPTIONS)
+@pytest.mark.parametrize(
+    ("steps_per_call", "heard"), [(1, range(1, 10)), (2, [2, 3, 5, 6, 8, 9]), (7, [6, 9])]
+)
+def test_the_size_of_a_call_changes_nothing(steps_per_call, heard):
+    expected = train(TASK, LANES, SHARED, steps_per_call=3, **OPTIONS)
+    got = train(TASK, LANES, SHARED, steps_per_call=steps_per_call, **OPTIONS)
     np.testing.assert_array_equal(got.params["w"], expected.params["w"])
     assert [p.step for p in expected.history] == [3, 6, 9]
-    assert [p.step for p in got.history] == [2, 3, 5, 6, 8, 9]
+    assert [p.step for p in got.history] == list(heard)
 
 
 def test_trials_differ_and_c_changes_neither_start_nor_batches():
@@ -142,7 +145,8 @@ def test_no_radius_is_rounded_up():
 
 def test_whoever_watches_hears_every_call():
     heard = []
-    trained = train(TASK, LANES, SHARED, watch=heard.append, **OPTIONS)
+    trained = train(TASK, LANES, SHARED, steps_per_call=3, watch=heard.append, **OPTIONS)
+    assert [p.step for p in heard] == [3, 6, 9]
     assert heard == trained.history
     assert all(p.loss.shape == p.sparsity.shape == (4,) for p in heard)
     assert (heard[-1].loss < heard[0].loss).all()
