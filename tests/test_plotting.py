@@ -52,6 +52,24 @@ def test_missing_units_leave_blank_fields():
     assert np.isfinite(pixels).sum() == 5 * 6
 
 
+def test_boxes_span_the_quartiles_of_the_trials_of_each_radius():
+    values = np.array([[1.0, 10], [2, 20], [3, 30], [4, 40], [5, 90]])
+    ax = plotting.plot_trials([np.inf, 0.5], values, label="error")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["∞", "0.5"]
+    assert ax.get_ylabel() == "error"
+    drawn = [np.unique(line.get_ydata()) for line in ax.lines]
+    for quartiles, median in (([2, 4], 3), ([20, 40], 30)):
+        assert any(np.array_equal(y, quartiles) for y in drawn)
+        assert any(np.array_equal(y, [median]) for y in drawn)
+    assert any(np.array_equal(y, [90]) for y in drawn)  # beyond 40 + 1.5 * 20
+
+
+@pytest.mark.parametrize("values", [np.ones(2), np.ones((5, 3))])
+def test_trials_need_a_column_for_each_radius(values):
+    with pytest.raises(ValueError, match=r"values has shape .* give \(trials, m\)"):
+        plotting.plot_trials([1.0, 2.0], values)
+
+
 def test_exact_zeros_are_drawn_in_the_colour_of_the_middle():
     ax = plotting.plot_receptive_fields(np.zeros((7, 4)), (2, 3))
     image, _ = shown(ax)

@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> None:
 def make_task(problem_name: str, optimizer_name: str, projection: str, steps: int) -> Task:
     """The network, its loss and its optimizer, for a run of ``steps`` minibatches."""
     problem = PROBLEMS[problem_name]
-    fall = round(FALL * steps)
+    fall = max(1, round(FALL * steps))
 
     def init(key: jax.Array, c: jax.Array) -> Params:
         params = problem.network.init(key, jnp.zeros((1, problem.inputs)))

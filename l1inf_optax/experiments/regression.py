@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 @cache  # the training loop compiles once for each task it has not seen
 def make_task(steps: int) -> Task:
     """The network, its loss and its optimizer, for a run of ``steps`` full batches."""
-    fall = round(FALL * steps)
+    fall = max(1, round(FALL * steps))
 
     def init(key: jax.Array, c: jax.Array) -> Params:
         params = NETWORK.init(key, jnp.zeros((1, synthetic.REGRESSION_INPUTS)))

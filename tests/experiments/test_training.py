@@ -10,6 +10,8 @@ from l1inf_optax.experiments.training import (
     Lane,
     Task,
     evaluate,
+    measure,
+    right_percent,
     share_of_zeros,
     shrink_into_ball,
     train,
@@ -150,6 +152,30 @@ def test_whoever_watches_hears_every_call():
     assert heard == trained.history
     assert all(p.loss.shape == p.sparsity.shape == (4,) for p in heard)
     assert (heard[-1].loss < heard[0].loss).all()
+
+
+def test_the_papers_columns_are_those_of_each_lane():
+    params = {"w": np.array([[1.0, 0.0, 5e-4], [2.0, -3.0, 0.0]])}
+    lanes = [Lane(0, 1.0), Lane(1, 1.0)]
+    test_data = (X[None, ::2] + 1, Y[None, ::2])
+    got = measure(TASK, params, lanes, SHARED, test_data, largest=lambda outputs, y: outputs)
+    for i, w in enumerate(params["w"]):
+        on_train = np.mean((X.astype(np.float64) @ w - Y) ** 2)
+        outputs = test_data[0][0].astype(np.float64) @ w
+        on_test = np.mean((outputs - test_data[1][0]) ** 2)
+        np.testing.assert_allclose(got["train_error"][i], on_train, rtol=1e-5)
+        np.testing.assert_allclose(got["test_error"][i], on_test, rtol=1e-5)
+        np.testing.assert_allclose(
+            got["generalization_error"][i], abs(on_test - on_train), rtol=1e-4
+        )
+        np.testing.assert_allclose(got["largest"][i], outputs.mean(), rtol=1e-4)
+    np.testing.assert_allclose(got["sparsity"], [100 / 3, 100 / 3], rtol=1e-6)
+    np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3, 100 / 3], rtol=1e-6)
+
+
+def test_the_largest_logit_is_the_answer():
+    logits = np.array([[0.1, 0.2, 0.0], [3.0, -1.0, 2.0]])
+    np.testing.assert_array_equal(right_percent(jnp.array(logits), np.array([1, 2])), [100, 0])
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "steps_per_call"])
