@@ -13,7 +13,8 @@ differ in nothing but c. `train` goes like this:
 5. return the parameters of all lanes, stacked.
 
 c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
-lane like any other. So is a learning rate, where lanes name one.
+lane like any other. So is a learning rate, where lanes name one. All devices get as many lanes, and a
+lane stays on its device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import ArrayLike
 
 # What `--optimizer` may name: a function of the step size, itself a number or an Optax schedule.
@@ -128,9 +130,9 @@ def train(
         batch_size: examples per step; the whole set if it has no more.
         seed: of everything random.
         steps_per_call: minibatches per compiled call at most, so how often ``watch`` hears.
-        lanes_at_once: how many lanes a step computes together, by `jax.vmap`, while the others
-            wait. By default one on a CPU, where a single lane keeps the cores busy and stays in
-            their cache, and all of them on an accelerator. Equal to rounding either way.
+        lanes_at_once: how many lanes of a device a step computes together, by `jax.vmap`, while the
+            others wait. By default one on a CPU, where a single lane keeps the cores busy and
+            stays in their cache, and all on an accelerator. Equal to rounding either way.
         watch: called after every compiled call.
 
     Returns:
@@ -147,7 +149,8 @@ def train(
     if lanes_at_once is None:
         lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
 
-    keys, trials, chosen = _lane_arrays(lanes, seed)
+    spare = -len(lanes) % jax.device_count()  # every device gets as many lanes
+    keys, trials, chosen = _lane_arrays([*lanes, *[lanes[-1]] * spare], seed)
     state = _start(task, keys, chosen)
     history = []
     steps = steps_per_epoch(y.shape[1], batch_size)
@@ -156,11 +159,14 @@ def train(
             task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, x, y
         )
         done = (piece.last_epoch - 1) * steps + piece.last
-        progress = Progress(done, np.asarray(losses), np.asarray(zeros))
+        progress = Progress(done, *(np.asarray(a)[: len(lanes)] for a in (losses, zeros)))
         history.append(progress)
         if watch:
             watch(progress)
-    return Trained(state.params, history)
+    params = state.params
+    if spare:
+        params = jax.tree.map(lambda leaf: leaf[: len(lanes)], params)
+    return Trained(params, history)
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -316,12 +322,12 @@ def _pieces(epochs: int, steps: int, steps_per_call: int) -> Iterator[_Piece]:
 
 @partial(jax.jit, static_argnums=0)
 def _start(task: Task, keys: jax.Array, chosen: _Chosen) -> _State:
-    def one(lane: tuple[jax.Array, _Chosen]) -> _State:
+    def one(lane: tuple[jax.Array, _Chosen], _: tuple) -> _State:
         key, own = lane
         params = task.init(jax.random.fold_in(key, 0), own[0])
         return _State(params, task.optimizer(*own).init(params))
 
-    return jax.lax.map(one, (keys, chosen))
+    return _map_lanes(one, (keys, chosen), ())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -339,8 +345,12 @@ def _advance(
 ) -> tuple[_State, jax.Array, jax.Array]:
     """The minibatches of a piece, in every lane."""
 
-    def one(lane: tuple[_State, jax.Array, jax.Array, _Chosen]) -> tuple:
+    def one(
+        lane: tuple[_State, jax.Array, jax.Array, _Chosen],
+        common: tuple[_Piece, jax.Array, jax.Array],
+    ) -> tuple:
         state, key, trial, settings = lane
+        piece, x, y = common
         update = task.optimizer(*settings).update
         n = y.shape[1]
         own = trial % y.shape[0]
@@ -367,4 +377,19 @@ def _advance(
         taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
         return state, total / taken, share_of_zeros(state.params)
 
-    return jax.lax.map(one, (state, keys, trials, chosen), batch_size=lanes_at_once)
+    return _map_lanes(one, (state, keys, trials, chosen), (piece, x, y), lanes_at_once)
+
+
+def _map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:
+    """``one(lane, common)`` of all lanes: on each device its share, ``at_once`` at a time."""
+
+    def share(lanes: Any, common: Any) -> Any:
+        return jax.lax.map(lambda lane: one(lane, common), lanes, batch_size=at_once)
+
+    return jax.shard_map(
+        share,
+        mesh=Mesh(np.array(jax.devices()), ("lanes",)),
+        in_specs=(PartitionSpec("lanes"), PartitionSpec()),
+        out_specs=PartitionSpec("lanes"),
+        check_vma=False,  # a lane's loops start from constants
+    )(lanes, common)

@@ -1,5 +1,10 @@
 """The training loop against networks trained one at a time by a plain Python loop."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +60,29 @@ def test_every_lane_equals_the_same_lane_trained_alone():
     for lane, w in zip(LANES, together, strict=True):
         alone = train(TASK, [lane], SHARED, **OPTIONS).params["w"][0]
         np.testing.assert_array_equal(w, alone)
+
+
+def test_lanes_on_many_devices_equal_those_on_one(tmp_path):
+    expected = train(TASK, LANES, SHARED, **OPTIONS)
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import jax, numpy, sys\n"
+        "from tests.experiments.test_training import *\n"
+        "assert jax.device_count() == 3\n"
+        "got = train(TASK, LANES, SHARED, **OPTIONS)\n"
+        "losses = [p.loss for p in got.history]\n"
+        "numpy.savez(sys.argv[1], w=got.params['w'], losses=losses)\n"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
+    root = str(Path(__file__).parents[2])
+    subprocess.run(
+        [sys.executable, script, tmp_path / "got.npz"],
+        env={**os.environ, **flags, "PYTHONPATH": root},
+        check=True,
+    )
+    got = np.load(tmp_path / "got.npz")
+    np.testing.assert_array_equal(got["w"], expected.params["w"])
+    np.testing.assert_array_equal(got["losses"], [p.loss for p in expected.history])
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4])
