@@ -13,8 +13,8 @@ differ in nothing but c. `train` goes like this:
 5. return the parameters of all lanes, stacked.
 
 c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
-lane like any other. So is a learning rate, where lanes name one. All devices get as many lanes, and a
-lane stays on its device.
+lane like any other. So is a learning rate, where lanes name one. All devices get as many lanes, and
+a lane stays on its device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
