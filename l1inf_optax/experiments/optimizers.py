@@ -104,7 +104,6 @@ QUICK: dict[str, Any] = {
     "classification_epochs": 10,
 }
 
-SAMPLES = 500  # to train on
 RISE = 0.1  # share of the steps over which the learning rate rises
 FALL = 0.5  # share of the steps over which c falls; after them zeros are held
 
@@ -139,19 +138,6 @@ class Problem(NamedTuple):
     readout: Callable[[jax.Array], Any]
 
 
-def _sample_regression(key: jax.Array) -> Split:
-    key_beta, key_train, key_test = jax.random.split(key, 3)
-    beta = synthetic.coefficients(key_beta)
-    train_data = synthetic.regression(key_train, beta, SAMPLES)
-    return train_data, synthetic.regression(key_test, beta, 1500)
-
-
-def _sample_classification(key: jax.Array) -> Split:
-    key_train, key_test = jax.random.split(key)
-    train_data = synthetic.classification(key_train, SAMPLES)
-    return train_data, synthetic.classification(key_test, 1000)
-
-
 def _squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return (outputs[:, 0] - y) ** 2
 
@@ -165,11 +151,11 @@ PROBLEMS = {
         network=AugmentedMLP((300, 1)),
         inputs=synthetic.REGRESSION_INPUTS,
         c=(1.0,),
-        sample=_sample_regression,
+        sample=synthetic.regression_trial,
         loss=_squared_error,
         error=_squared_error,
         error_name="test MSE",
-        batch_size=SAMPLES,
+        batch_size=synthetic.SAMPLES,
         first=1.4,
         bias_share=0.5,
         readout=lambda c: 10.0,
@@ -178,7 +164,7 @@ PROBLEMS = {
         network=AugmentedMLP((100, 50, 20, 2)),
         inputs=synthetic.CLASSIFICATION_INPUTS,
         c=(1.0, 0.3),
-        sample=_sample_classification,
+        sample=synthetic.classification_trial,
         loss=optax.softmax_cross_entropy_with_integer_labels,
         error=_wrong_percent,
         error_name="test error (%)",
@@ -304,7 +290,7 @@ def _compare(
 
 
 def _steps(problem_name: str, settings: dict[str, Any]) -> int:
-    per_epoch = steps_per_epoch(SAMPLES, PROBLEMS[problem_name].batch_size)
+    per_epoch = steps_per_epoch(synthetic.SAMPLES, PROBLEMS[problem_name].batch_size)
     return settings[f"{problem_name}_epochs"] * per_epoch
 
 
@@ -324,7 +310,7 @@ def _fit(
             batch_size=problem.batch_size,
             seed=settings["seed"],
             # Steps on small batches are too short to keep the cores busy one by one.
-            lanes_at_once=1 if problem.batch_size == SAMPLES else size,
+            lanes_at_once=1 if problem.batch_size == synthetic.SAMPLES else size,
         ).params
         for first in range(0, len(lanes), size)
     ]

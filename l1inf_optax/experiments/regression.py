@@ -54,7 +54,6 @@ PAPER = {
 DEFAULTS: dict[str, Any] = {"c": list(PAPER), "epochs": 600, "trials": 10, "seed": 1}
 QUICK: dict[str, Any] = {"c": [np.inf, 1.0, 0.5], "epochs": 300, "trials": 2}
 
-SAMPLES, TEST_SAMPLES = 500, 1500
 RATE = 0.03
 RISE = 0.05  # share of the steps over which the learning rate rises
 FALL = 0.4  # share of the steps over which c falls; after them zeros are held
@@ -83,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     out = options.make_folder(args.out)
     radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
     lanes = [Lane(t, c) for t in range(trials) for c in radii]
-    train_data, test_data = _draw(settings["seed"], trials)
+    keys = jax.random.split(jax.random.key(settings["seed"]), trials)
+    train_data, test_data = jax.jit(jax.vmap(synthetic.regression_trial))(keys)
 
     steps = settings["epochs"]
     task = make_task(steps)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
             lanes,
             train_data,
             epochs=steps,
-            batch_size=SAMPLES,
+            batch_size=synthetic.SAMPLES,
             seed=settings["seed"],
             steps_per_call=10,
             watch=watch,
@@ -142,18 +142,6 @@ def make_task(steps: int) -> Task:
 
 def _squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return (outputs[:, 0] - y) ** 2
-
-
-def _draw(seed: int, trials: int) -> tuple[Data, Data]:
-    """Training and test data, with a leading axis of trials."""
-
-    def one(key: jax.Array) -> tuple[Data, Data]:
-        key_beta, key_train, key_test = jax.random.split(key, 3)
-        beta = synthetic.coefficients(key_beta)
-        train_data = synthetic.regression(key_train, beta, SAMPLES)
-        return train_data, synthetic.regression(key_test, beta, TEST_SAMPLES)
-
-    return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(seed), trials))
 
 
 def _beside_the_paper(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,22 @@ import jax.numpy as jnp
 REGRESSION_INPUTS = 1000
 RELEVANT = 100  # inputs that the target of the regression depends on
 CLASSIFICATION_INPUTS = 500
+SAMPLES = 500  # to train on, in both
+
+Sample = tuple[jax.Array, jax.Array]  # inputs and targets
+
+
+def regression_trial(key: jax.Array) -> tuple[Sample, Sample]:
+    """Section 5.1's data for one trial: new coefficients, 500 samples to train, 1,500 to test."""
+    key_beta, key_train, key_test = jax.random.split(key, 3)
+    beta = coefficients(key_beta)
+    return regression(key_train, beta, SAMPLES), regression(key_test, beta, 1500)
+
+
+def classification_trial(key: jax.Array) -> tuple[Sample, Sample]:
+    """Section 5.2's data for one trial: 500 samples to train, 1,000 to test."""
+    key_train, key_test = jax.random.split(key)
+    return classification(key_train, SAMPLES), classification(key_test, 1000)
 
 
 def coefficients(key: jax.Array) -> jax.Array:
@@ -33,7 +49,7 @@ def coefficients(key: jax.Array) -> jax.Array:
     return jnp.pad(relevant, (0, REGRESSION_INPUTS - RELEVANT))
 
 
-def regression(key: jax.Array, beta: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def regression(key: jax.Array, beta: jax.Array, n: int) -> Sample:
     """Samples of Section 5.1: neighbouring inputs correlate, the target is linear plus noise.
 
     With z from N(0, I), ``x_1 = z_1`` and ``x_j = z_j + 0.2 (z_{j-1} + z_{j+1})`` for j from 2 on;
@@ -54,7 +70,7 @@ def regression(key: jax.Array, beta: jax.Array, n: int) -> tuple[jax.Array, jax.
     return x, x @ beta + jax.random.normal(key_noise, (n,))
 
 
-def classification(key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+def classification(key: jax.Array, n: int) -> Sample:
     """Samples of Section 5.2: four of 500 correlated inputs decide between two classes.
 
     For each sample alpha is from N(0, 1) and every input from N(alpha / 2, 1 / 4). Its class is 1

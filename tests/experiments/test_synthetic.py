@@ -102,3 +102,16 @@ def test_the_key_decides_everything():
     ):
         np.testing.assert_array_equal(sample(KEY), sample(KEY))
         assert (np.asarray(sample(KEY)) != np.asarray(sample(jax.random.key(5)))).any()
+
+
+def test_a_trial_trains_and_tests_on_different_samples_of_one_problem():
+    train, test = synthetic.regression_trial(KEY)
+    x, y, x_test, y_test = (np.asarray(a, np.float64) for a in (*train, *test))
+    assert (x.shape, x_test.shape) == ((500, 1000), (1500, 1000))
+    beta, *_ = np.linalg.lstsq(x_test[:, :100], y_test, rcond=None)
+    assert 0.8 < np.mean((x[:, :100] @ beta - y) ** 2) < 1.4
+    assert not np.isin(x[:, 0], x_test[:, 0]).any()
+    (x, y), (x_test, y_test) = synthetic.classification_trial(KEY)
+    assert (x.shape, x_test.shape) == ((500, 500), (1000, 500))
+    assert (y.shape, y_test.shape) == ((500,), (1000,))
+    assert not np.isin(x[:, 0], x_test[:, 0]).any()
