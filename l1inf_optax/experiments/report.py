@@ -86,6 +86,16 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
 
     A column without a standard deviation, such as a figure of the paper, is printed as it is.
     """
+    out = _table(title, table, "±")
+    unlimited = console.options.update(max_width=1000)
+    if (
+        console.measure(out, options=unlimited).maximum > console.width
+    ):  # no figure is cut: its spread goes below it
+        out = _table(title, table, "\n±")
+    console.print(out)
+
+
+def _table(title: str, table: Sequence[Mapping[str, Any]], separator: str) -> Table:
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     out.add_column("c", justify="right")
     names = [name for name in COLUMNS if any(name in row for row in table)]
@@ -97,9 +107,9 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
             number = COLUMNS[name][1].format
             mean = number(row[name]) if name in row else ""
             has_spread = name in row["std"] and row["trials"] > 1
-            cells.append(f"{mean}±{number(row['std'][name])}" if has_spread else mean)
+            cells.append(f"{mean}{separator}{number(row['std'][name])}" if has_spread else mean)
         out.add_row(*cells)
-    console.print(out)
+    return out
 
 
 def write_json(

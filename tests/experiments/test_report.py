@@ -33,6 +33,18 @@ def test_the_table_prints_what_has_no_spread_as_it_is():
     assert inside == ["0.5", "30.000±26.458", "2.140"]
 
 
+def test_a_narrow_table_cuts_no_figure():
+    wide = {name: 12.345 for name in report.COLUMNS if "accuracy" not in name}
+    spread = {name: 1.234 for name in wide if "paper" not in name}
+    row = {"c": 0.5, "trials": 2, **wide, "std": spread}
+    out = Console(file=io.StringIO(), width=80)
+    report.print_table(out, "title", [row])
+    text = out.file.getvalue()
+    assert "…" not in text
+    assert text.count("±1.234") == 3
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_json_says_null_for_what_is_not_finite_and_takes_further_entries(tmp_path):
     path = tmp_path / "results.json"
     report.write_json(path, "name", {"c": [np.inf]}, ROWS, more={"x": float("nan")})
