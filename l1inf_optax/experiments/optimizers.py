@@ -52,6 +52,7 @@ from l1inf_optax.experiments.training import (
     Task,
     evaluate,
     share_of_zeros,
+    squared_error,
     steps_per_epoch,
     train,
 )
@@ -138,10 +139,6 @@ class Problem(NamedTuple):
     readout: Callable[[jax.Array], Any]
 
 
-def _squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    return (outputs[:, 0] - y) ** 2
-
-
 def _wrong_percent(logits: jax.Array, y: jax.Array) -> jax.Array:
     return 100.0 * (logits.argmax(-1) != y)
 
@@ -152,8 +149,8 @@ PROBLEMS = {
         inputs=synthetic.REGRESSION_INPUTS,
         c=(1.0,),
         sample=synthetic.regression_trial,
-        loss=_squared_error,
-        error=_squared_error,
+        loss=squared_error,
+        error=squared_error,
         error_name="test MSE",
         batch_size=synthetic.SAMPLES,
         first=1.4,
@@ -195,12 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", "of data and initial weights", type=options.natural_int, metavar="N")
     instead = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in QUICK.items())
     parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
-    parser.add_argument(
-        "--out",
-        default="results/optimizers",
-        metavar="DIR",
-        help="folder for results and figure (default: %(default)s)",
-    )
+    options.add_output_option(parser, "results/optimizers")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -50,6 +50,16 @@ def radius(text: str) -> float:
     return value
 
 
+def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--out``, the folder that an experiment writes to: see `make_folder`."""
+    parser.add_argument(
+        "--out",
+        default=default,
+        metavar="DIR",
+        help="folder for results and figures (default: %(default)s)",
+    )
+
+
 def make_folder(name: str) -> Path:
     """The folder to write to, made if need be: better before the training than after it.
 

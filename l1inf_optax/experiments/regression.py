@@ -34,7 +34,7 @@ from rich.console import Console
 import l1inf_optax as l1inf
 from l1inf_optax import plotting
 from l1inf_optax.experiments import options, recipes, report, synthetic
-from l1inf_optax.experiments.training import Data, Lane, Params, Task, measure, train
+from l1inf_optax.experiments.training import Data, Lane, Params, Task, measure, squared_error, train
 from l1inf_optax.linen import AugmentedMLP
 
 # Table 1 of the paper: test error, and sparsity in percent.
@@ -66,12 +66,7 @@ NETWORK = AugmentedMLP((300, 1))
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
-    parser.add_argument(
-        "--out",
-        default="results/regression",
-        metavar="DIR",
-        help="folder for results and figure (default: %(default)s)",
-    )
+    options.add_output_option(parser, "results/regression")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,11 +132,7 @@ def make_task(steps: int) -> Task:
             hold_zeros_from=fall,
         )
 
-    return Task(init, NETWORK.apply, _squared_error, optimizer)
-
-
-def _squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
-    return (outputs[:, 0] - y) ** 2
+    return Task(init, NETWORK.apply, squared_error, optimizer)
 
 
 def _beside_the_paper(row: dict[str, Any]) -> dict[str, Any]:
@@ -161,11 +152,7 @@ def _lasso(train_data: Data, test_data: Data) -> dict[str, Any]:
         error = np.mean((model.predict(x_test) - y_test) ** 2)
         found.append((error, 100 * np.mean(model.coef_ == 0)))
     errors, sparsity = np.array(found).T
-    spread = {"test_error": errors, "sparsity": sparsity}
-    return {
-        **{name: float(v.mean()) for name, v in spread.items()},
-        "std": {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in spread.items()},
-    }
+    return report.summary({"test_error": errors, "sparsity": sparsity})
 
 
 def _figure(radii: list[float], measured: dict[str, np.ndarray]) -> Figure:

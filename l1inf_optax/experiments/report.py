@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -71,14 +72,20 @@ def rows(
     table = []
     for c in dict.fromkeys(lane.c for lane in lanes):
         own = np.array([lane.c == c for lane in lanes])
-        values = {name: np.asarray(v, np.float64)[own] for name, v in measured.items()}
-        row: dict[str, Any] = {"c": c, "trials": int(own.sum())}
-        row |= {name: float(v.mean()) for name, v in values.items()}
-        row["std"] = {
-            name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()
-        }
-        table.append(row)
+        values = {name: v[own] for name, v in measured.items()}
+        table.append({"c": c, "trials": int(own.sum()), **summary(values)})
     return table
+
+
+def summary(measured: Mapping[str, ArrayLike]) -> dict[str, Any]:
+    """Means over the trials, and in std their sample standard deviations, 0 for a single trial.
+
+    Args:
+        measured: name to ``(trials,)`` values.
+    """
+    values = {name: np.asarray(v, np.float64) for name, v in measured.items()}
+    spread = {name: float(v.std(ddof=1)) if len(v) > 1 else 0.0 for name, v in values.items()}
+    return {**{name: float(v.mean()) for name, v in values.items()}, "std": spread}
 
 
 def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]) -> None:

@@ -245,6 +245,11 @@ def measure(
     }
 
 
+def squared_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    """Of a network with one output, which is ``(batch, 1)``."""
+    return (outputs[:, 0] - y) ** 2
+
+
 def right_percent(logits: jax.Array, y: jax.Array) -> jax.Array:
     """100 where the largest logit is the class's, 0 elsewhere: its mean is the accuracy."""
     return 100.0 * (logits.argmax(-1) == y)
