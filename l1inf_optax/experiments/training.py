@@ -1,32 +1,49 @@
-"""The one training loop behind every experiment: many small networks, one compiled step.
+"""What the experiments add to the training loop, `l1inf_optax._training`: metrics and tables.
 
-A *lane* is one network to train: a trial, which fixes its initialisation and the order of its
-minibatches, and a normalization constant c, which touches neither. So the networks of one trial
-differ in nothing but c. `train` goes like this:
-
-1. initialise all lanes;
-2. cut the epochs into pieces of at most ``steps_per_call`` minibatches, or put several short
-   epochs into one piece;
-3. for each piece call one compiled function, which shuffles by (seed, trial, epoch) and takes the
-   optimizer's step on each of the piece's minibatches, in every lane;
-4. note every lane's mean loss and share of zeros, and tell whoever watches;
-5. return the parameters of all lanes, stacked.
-
-c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
-lane like any other. So is a learning rate, where lanes name one. All devices get as many lanes, and
-a lane stays on its device.
+The loop's own names are here too, so that an experiment imports from one place.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
-from jax.typing import ArrayLike
+
+from l1inf_optax._training import (
+    Apply,
+    Data,
+    Lane,
+    Metric,
+    Params,
+    Progress,
+    Task,
+    Trained,
+    share_of_zeros,
+    steps_per_epoch,
+    train,
+)
+
+__all__ = [
+    "OPTIMIZERS",
+    "Apply",
+    "Data",
+    "Lane",
+    "Metric",
+    "Params",
+    "Progress",
+    "Task",
+    "Trained",
+    "evaluate",
+    "measure",
+    "right_percent",
+    "share_of_zeros",
+    "shrink_into_ball",
+    "squared_error",
+    "steps_per_epoch",
+    "train",
+]
 
 # What `--optimizer` may name: a function of the step size, itself a number or an Optax schedule.
 OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
@@ -34,144 +51,6 @@ OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransform
     "momentum": partial(optax.sgd, momentum=0.9, nesterov=True),
     "adam": optax.adam,
 }
-
-Params = Any
-Data = tuple[ArrayLike, ArrayLike]
-Apply = Callable[[Params, jax.Array], Any]
-Metric = Callable[[Any, jax.Array], jax.Array]
-_Chosen = tuple[jax.Array, ...]  # what `Task.optimizer` is called with: c, perhaps a rate
-
-
-class Lane(NamedTuple):
-    """One network to train.
-
-    Attributes:
-        trial: fixes the initial weights and the minibatches, together with the seed.
-        c: the normalization constant, ``inf`` for none.
-        rate: the learning rate, where the lanes differ in theirs: then every lane names one.
-    """
-
-    trial: int
-    c: float
-    rate: float | None = None
-
-
-class Task(NamedTuple):
-    """What is trained: four functions, the same for every lane.
-
-    Attributes:
-        init: ``(key, c) -> params``.
-        apply: ``(params, x) -> outputs``, for a batch of inputs.
-        loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
-        optimizer: ``c -> transformation``, which keeps the lane in its ball; called with
-            ``(c, rate)`` where the lanes name their rates. Both are traced.
-    """
-
-    init: Callable[[jax.Array, jax.Array], Params]
-    apply: Apply
-    loss: Metric
-    optimizer: Callable[..., optax.GradientTransformation]
-
-
-class Progress(NamedTuple):
-    """What one compiled call did: an entry of the history, and news for a progress bar.
-
-    Attributes:
-        step: minibatches taken so far by every lane.
-        loss: ``(lanes,)`` mean training loss over the minibatches of the call.
-        sparsity: ``(lanes,)`` exact zeros after the call, in percent of all parameters.
-    """
-
-    step: int
-    loss: np.ndarray
-    sparsity: np.ndarray
-
-
-class Trained(NamedTuple):
-    """What training leaves behind.
-
-    Attributes:
-        params: the parameters; every leaf has a leading axis of lanes.
-        history: one `Progress` per compiled call.
-    """
-
-    params: Params
-    history: list[Progress]
-
-
-class _State(NamedTuple):
-    """What a lane takes from one step into the next: parameters and optimizer state."""
-
-    params: Params
-    opt_state: optax.OptState
-
-
-def train(
-    task: Task,
-    lanes: Sequence[Lane],
-    data: Data,
-    *,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-    steps_per_call: int = 100,
-    lanes_at_once: int | None = None,
-    watch: Callable[[Progress], None] | None = None,
-) -> Trained:
-    """Train every lane by projected gradient descent on minibatches (Algorithm 1 of the paper).
-
-    Args:
-        task: the network, its loss and its optimizer.
-        lanes: the networks to train.
-        data: inputs ``(sets, n, ...)`` and targets ``(sets, n, ...)``: trial ``t`` trains on set
-            ``t % sets``. One set serves all trials; as many sets as trials serve one each.
-        epochs: passes over the data. Each takes ``n // batch_size`` minibatches in a new order and
-            leaves out the remainder, which is another one every time.
-        batch_size: examples per step; the whole set if it has no more.
-        seed: of everything random.
-        steps_per_call: minibatches per compiled call at most, so how often ``watch`` hears.
-        lanes_at_once: how many lanes of a device a step computes together, by `jax.vmap`, while the
-            others wait. By default one on a CPU, where a single lane keeps the cores busy and
-            stays in their cache, and all on an accelerator. Equal to rounding either way.
-        watch: called after every compiled call.
-
-    Returns:
-        The trained parameters and the history.
-
-    Raises:
-        ValueError: if there is nothing to do: no lane, no epoch, an empty batch.
-    """
-    x, y = (jnp.asarray(a) for a in data)
-    counts = {"epochs": epochs, "batch_size": batch_size, "steps_per_call": steps_per_call}
-    for name, value in {"the number of lanes": len(lanes), **counts}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}: give at least 1")
-    if lanes_at_once is None:
-        lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
-
-    spare = -len(lanes) % jax.device_count()  # every device gets as many lanes
-    keys, trials, chosen = _lane_arrays([*lanes, *[lanes[-1]] * spare], seed)
-    state = _start(task, keys, chosen)
-    history = []
-    steps = steps_per_epoch(y.shape[1], batch_size)
-    for piece in _pieces(epochs, steps, steps_per_call):
-        state, losses, zeros = _advance(
-            task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, x, y
-        )
-        done = (piece.last_epoch - 1) * steps + piece.last
-        progress = Progress(done, *(np.asarray(a)[: len(lanes)] for a in (losses, zeros)))
-        history.append(progress)
-        if watch:
-            watch(progress)
-    params = state.params
-    if spare:
-        params = jax.tree.map(lambda leaf: leaf[: len(lanes)], params)
-    return Trained(params, history)
-
-
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """How many minibatches `train` takes from ``n`` examples: at least one, with all of them."""
-    return max(1, n // batch_size)
 
 
 def evaluate(
@@ -255,21 +134,6 @@ def right_percent(logits: jax.Array, y: jax.Array) -> jax.Array:
     return 100.0 * (logits.argmax(-1) == y)
 
 
-def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
-    """Zeros among all entries of all parameters of one network, in percent.
-
-    Args:
-        params: the parameters of one network.
-        below: 0 counts exact zeros. Otherwise an entry counts if its magnitude is less: 1e-3 is
-            by all signs what the paper's tables count.
-
-    Returns:
-        A float32 scalar, 0 to 100.
-    """
-    entries = jnp.concatenate([jnp.abs(leaf).ravel() for leaf in jax.tree.leaves(params)])
-    return 100.0 * jnp.mean(entries < below if below else entries == 0)
-
-
 def shrink_into_ball(params: Params, c: jax.Array) -> Params:
     """Scale down each column of every ``augmented_kernel`` that is too long for the ball.
 
@@ -290,111 +154,3 @@ def shrink_into_ball(params: Params, c: jax.Array) -> Params:
         return leaf * jnp.minimum(1.0, c / jnp.abs(leaf).sum(axis=0))
 
     return jax.tree_util.tree_map_with_path(shrink, params)
-
-
-def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, _Chosen]:
-    trials = jnp.array([lane.trial for lane in lanes])
-    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
-    # Rounded down: a column within the float32 radius is then within c itself.
-    c = np.array([lane.c for lane in lanes])
-    nearest = c.astype(np.float32)
-    radii = np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest)
-    if all(lane.rate is None for lane in lanes):
-        return keys, trials, (jnp.asarray(radii),)
-    return keys, trials, (jnp.asarray(radii), jnp.array([lane.rate for lane in lanes]))
-
-
-class _Piece(NamedTuple):
-    """Minibatches ``first`` to ``last`` of each of the epochs ``first_epoch`` to ``last_epoch``.
-
-    Either bound is like those of `range`.
-    """
-
-    first_epoch: int
-    last_epoch: int
-    first: int
-    last: int
-
-
-def _pieces(epochs: int, steps: int, steps_per_call: int) -> Iterator[_Piece]:
-    """What one compiled call does, after the other."""
-    together = max(1, steps_per_call // steps)
-    for epoch in range(0, epochs, together):
-        last_epoch = min(epoch + together, epochs)
-        for first in range(0, steps, steps_per_call):
-            yield _Piece(epoch, last_epoch, first, min(first + steps_per_call, steps))
-
-
-@partial(jax.jit, static_argnums=0)
-def _start(task: Task, keys: jax.Array, chosen: _Chosen) -> _State:
-    def one(lane: tuple[jax.Array, _Chosen], _: tuple) -> _State:
-        key, own = lane
-        params = task.init(jax.random.fold_in(key, 0), own[0])
-        return _State(params, task.optimizer(*own).init(params))
-
-    return _map_lanes(one, (keys, chosen), ())
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _advance(
-    task: Task,
-    batch_size: int,
-    lanes_at_once: int,
-    state: _State,
-    keys: jax.Array,
-    trials: jax.Array,
-    chosen: _Chosen,
-    piece: _Piece,
-    x: jax.Array,
-    y: jax.Array,
-) -> tuple[_State, jax.Array, jax.Array]:
-    """The minibatches of a piece, in every lane."""
-
-    def one(
-        lane: tuple[_State, jax.Array, jax.Array, _Chosen],
-        common: tuple[_Piece, jax.Array, jax.Array],
-    ) -> tuple:
-        state, key, trial, settings = lane
-        piece, x, y = common
-        update = task.optimizer(*settings).update
-        n = y.shape[1]
-        own = trial % y.shape[0]
-
-        def step(order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
-            (params, opt_state), total = carry
-            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
-
-            def mean_loss(params: Params) -> jax.Array:
-                return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
-
-            loss, grads = jax.value_and_grad(mean_loss)(params)
-            updates, opt_state = update(grads, opt_state, params)
-            return _State(optax.apply_updates(params, updates), opt_state), total + loss
-
-        def one_epoch(epoch: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
-            order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
-            return jax.lax.fori_loop(piece.first, piece.last, partial(step, order), carry)
-
-        # The bounds are traced: a last piece that is shorter needs no second program.
-        state, total = jax.lax.fori_loop(
-            piece.first_epoch, piece.last_epoch, one_epoch, (state, jnp.zeros(()))
-        )
-        taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
-        return state, total / taken, share_of_zeros(state.params)
-
-    return _map_lanes(one, (state, keys, trials, chosen), (piece, x, y), lanes_at_once)
-
-
-def _map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:
-    """``one(lane, common)`` of all lanes: on each device its share, ``at_once`` at a time."""
-
-    def share(lanes: Any, common: Any) -> Any:
-        return jax.lax.map(lambda lane: one(lane, common), lanes, batch_size=at_once)
-
-    return jax.shard_map(
-        share,
-        mesh=Mesh(np.array(jax.devices()), ("lanes",)),
-        in_specs=(PartitionSpec("lanes"), PartitionSpec()),
-        out_specs=PartitionSpec("lanes"),
-        check_vma=False,  # a lane's loops start from constants
-    )(lanes, common)
