@@ -19,7 +19,7 @@ from l1inf_optax._transform import (
 from l1inf_optax.sparsity import LayerSparsity, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
-    from l1inf_optax import linen, nnx, plotting
+    from l1inf_optax import linen, nnx, plotting, selection
 
 __all__ = [
     "ConstrainState",
@@ -36,10 +36,11 @@ __all__ = [
     "plotting",
     "project_params",
     "projection_l1inf_ball",
+    "selection",
     "sparsity_report",
 ]
 
-_SUBMODULES = ("linen", "nnx", "plotting")
+_SUBMODULES = ("linen", "nnx", "plotting", "selection")
 
 
 def __getattr__(name: str) -> Any:

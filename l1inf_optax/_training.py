@@ -17,7 +17,7 @@ lane like any other. So is a learning rate, where lanes name one. All devices ge
 a lane stays on its device.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ Params = Any
 Data = tuple[ArrayLike, ArrayLike]
 Apply = Callable[[Params, jax.Array], Any]
 Metric = Callable[[Any, jax.Array], jax.Array]
-_Chosen = tuple[jax.Array, ...]  # what `Task.optimizer` is called with: c, perhaps a rate
+_Chosen = tuple[Any, ...]  # what `Task.optimizer` is called with: c, perhaps a rate
 
 
 class Lane(NamedTuple):
@@ -40,12 +40,13 @@ class Lane(NamedTuple):
 
     Attributes:
         trial: fixes the initial weights and the minibatches, together with the seed.
-        c: the normalization constant, ``inf`` for none.
+        c: the normalization constant, ``inf`` for none; or one for each layer, by name: then every
+            lane names the same layers.
         rate: the learning rate, where the lanes differ in theirs: then every lane names one.
     """
 
     trial: int
-    c: float
+    c: float | Mapping[str, float]
     rate: float | None = None
 
 
@@ -60,7 +61,7 @@ class Task(NamedTuple):
             ``(c, rate)`` where the lanes name their rates. Both are traced.
     """
 
-    init: Callable[[jax.Array, jax.Array], Params]
+    init: Callable[[jax.Array, Any], Params]
     apply: Apply
     loss: Metric
     optimizer: Callable[..., optax.GradientTransformation]
@@ -107,6 +108,7 @@ def train(
     epochs: int,
     batch_size: int,
     seed: int,
+    rows: ArrayLike | None = None,
     steps_per_call: int = 100,
     lanes_at_once: int | None = None,
     watch: Callable[[Progress], None] | None = None,
@@ -122,6 +124,9 @@ def train(
             leaves out the remainder, which is another one every time.
         batch_size: examples per step; the whole set if it has no more.
         seed: of everything random.
+        rows: ``(folds, m)`` which examples of its set a trial trains on: trial ``t`` on those of
+            fold ``t % folds``, by default on all. Folds that have fewer than m end in -1. All take
+            as many minibatches as the smallest; the larger leave out more at random.
         steps_per_call: minibatches per compiled call at most, so how often ``watch`` hears.
         lanes_at_once: how many lanes of a device a step computes together, by `jax.vmap`, while the
             others wait. By default one on a CPU, where a single lane keeps the cores busy and
@@ -139,6 +144,9 @@ def train(
     for name, value in {"the number of lanes": len(lanes), **counts}.items():
         if value < 1:
             raise ValueError(f"{name} is {value}: give at least 1")
+    rows = np.arange(y.shape[1])[None] if rows is None else np.asarray(rows)
+    smallest = int((rows >= 0).sum(axis=1).min())
+    batch_size = min(batch_size, smallest)
     if lanes_at_once is None:
         lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
 
@@ -146,10 +154,10 @@ def train(
     keys, trials, chosen = _lane_arrays([*lanes, *[lanes[-1]] * spare], seed)
     state = _start(task, keys, chosen)
     history = []
-    steps = steps_per_epoch(y.shape[1], batch_size)
+    steps = steps_per_epoch(smallest, batch_size)
     for piece in _pieces(epochs, steps, steps_per_call):
         state, losses, zeros = _advance(
-            task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, x, y
+            task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, rows, x, y
         )
         done = (piece.last_epoch - 1) * steps + piece.last
         progress = Progress(done, *(np.asarray(a)[: len(lanes)] for a in (losses, zeros)))
@@ -185,13 +193,16 @@ def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
 def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, _Chosen]:
     trials = jnp.array([lane.trial for lane in lanes])
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
-    # Rounded down: a column within the float32 radius is then within c itself.
-    c = np.array([lane.c for lane in lanes])
-    nearest = c.astype(np.float32)
-    radii = np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest)
+    radii = jax.tree.map(lambda *c: _rounded_down(np.array(c)), *[lane.c for lane in lanes])
     if all(lane.rate is None for lane in lanes):
-        return keys, trials, (jnp.asarray(radii),)
-    return keys, trials, (jnp.asarray(radii), jnp.array([lane.rate for lane in lanes]))
+        return keys, trials, (radii,)
+    return keys, trials, (radii, jnp.array([lane.rate for lane in lanes]))
+
+
+def _rounded_down(c: np.ndarray) -> jax.Array:
+    """In float32: a column within the radius is then within c itself."""
+    nearest = c.astype(np.float32)
+    return jnp.asarray(np.where(nearest > c, np.nextafter(nearest, np.float32(0)), nearest))
 
 
 class _Piece(NamedTuple):
@@ -235,6 +246,7 @@ def _advance(
     trials: jax.Array,
     chosen: _Chosen,
     piece: _Piece,
+    rows: jax.Array,
     x: jax.Array,
     y: jax.Array,
 ) -> tuple[_State, jax.Array, jax.Array]:
@@ -242,17 +254,17 @@ def _advance(
 
     def one(
         lane: tuple[_State, jax.Array, jax.Array, _Chosen],
-        common: tuple[_Piece, jax.Array, jax.Array],
+        common: tuple[_Piece, jax.Array, jax.Array, jax.Array],
     ) -> tuple:
         state, key, trial, settings = lane
-        piece, x, y = common
+        piece, folds, x, y = common
         update = task.optimizer(*settings).update
-        n = y.shape[1]
+        fold = folds[trial % folds.shape[0]]
         own = trial % y.shape[0]
 
         def step(order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
             (params, opt_state), total = carry
-            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
+            rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
 
             def mean_loss(params: Params) -> jax.Array:
                 return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
@@ -262,7 +274,8 @@ def _advance(
             return _State(optax.apply_updates(params, updates), opt_state), total + loss
 
         def one_epoch(epoch: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
-            order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
+            order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), fold)
+            order = order[jnp.argsort(order < 0)]  # what only fills a fold up comes last
             return jax.lax.fori_loop(piece.first, piece.last, partial(step, order), carry)
 
         # The bounds are traced: a last piece that is shorter needs no second program.
@@ -272,7 +285,7 @@ def _advance(
         taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
         return state, total / taken, share_of_zeros(state.params)
 
-    return _map_lanes(one, (state, keys, trials, chosen), (piece, x, y), lanes_at_once)
+    return _map_lanes(one, (state, keys, trials, chosen), (piece, rows, x, y), lanes_at_once)
 
 
 def _map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:

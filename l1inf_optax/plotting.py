@@ -224,6 +224,94 @@ def plot_tradeoff(
     return axes
 
 
+def plot_selection(
+    c: ArrayLike,
+    mean: ArrayLike,
+    standard_error: ArrayLike,
+    ax: Axes | None = None,
+    *,
+    best: float,
+    one_standard_error: float,
+    label: str = "cross-validation score",
+) -> Axes:
+    """Cross-validation scores against c, with the c that they choose (Figure 5 of the paper).
+
+    Args:
+        c: ``(n,)`` normalization constants; the score of ``inf``, no constraint, is a dashed line.
+        mean: ``(n,)`` mean scores over the folds; what is not finite is left out.
+        standard_error: ``(n,)`` half lengths of the error bars.
+        ax: where to draw; the current axes by default.
+        best: the c with the best mean, marked with a star.
+        one_standard_error: the c of the one-standard-error rule, marked with a hollow diamond; a
+            dotted line is one standard error below the best mean.
+        label: of the vertical axis.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_selection(
+        ...     [0.1, 0.3, 1.0], [88, 90, 85], [3, 1, 1], ax, best=0.3, one_standard_error=0.3
+        ... )
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('normalization constant c', 'cross-validation score')
+    """
+    ax = plt.gca() if ax is None else ax
+    c, mean, error = (np.asarray(values, float) for values in (c, mean, standard_error))
+    order = np.argsort(c)
+    order = order[np.isfinite(c[order])]
+    ax.errorbar(
+        c[order],
+        mean[order],
+        error[order],
+        color=BLUE,
+        marker="o",
+        capsize=3,
+        label="mean and standard error over folds",
+    )
+    for value in mean[np.isinf(c)]:
+        ax.axhline(value, color="0.3", linestyle="--", label="no constraint")
+    chosen = int(np.flatnonzero(c == best)[0])
+    ax.axhline(
+        mean[chosen] - error[chosen],
+        color=ORANGE,
+        linestyle=":",
+        label="one standard error below the best",
+    )
+    # They may be the same: the diamond is hollow, so that a star inside it shows.
+    marks = (
+        ("best", best, "*", 14, "full"),
+        ("one standard error", one_standard_error, "D", 14, "none"),
+    )
+    for name, radius, marker, size, fill in marks:
+        text = "∞" if np.isinf(radius) else f"{radius:g}"
+        ax.plot(
+            radius,
+            mean[c == radius][0],
+            color=ORANGE,
+            marker=marker,
+            markersize=size,
+            fillstyle=fill,
+            linestyle="none",
+            zorder=3,
+            label=f"{name}: c = {text}",
+        )
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(FixedLocator(np.unique(c[order]).tolist()))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.tick_params(axis="x", labelrotation=90)
+    ax.set(xlabel="normalization constant c", ylabel=label)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
 def _matrix(augmented_kernel: ArrayLike) -> NDArray[np.float64]:
     matrix = np.asarray(augmented_kernel, np.float64)
     if matrix.ndim != 2:

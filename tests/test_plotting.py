@@ -114,6 +114,35 @@ def test_the_tradeoff_shows_means_spread_and_reference():
     assert not right.containers[0][2]
 
 
+def test_the_selection_shows_scores_errors_and_choices():
+    c, mean, error = [1, np.inf, 0.1, 0.3], [82, 70, 88, 90], [1, 2, 3, 4]
+    ax = plotting.plot_selection(c, mean, error, best=0.3, one_standard_error=0.1, label="right")
+    curve, _, (bars,) = ax.containers[0]
+    np.testing.assert_array_equal(curve.get_xdata(), [0.1, 0.3, 1])
+    np.testing.assert_array_equal(curve.get_ydata(), [88, 90, 82])
+    ends = [bar[:, 1] for bar in bars.get_segments()]
+    np.testing.assert_array_equal(ends, [[85, 91], [86, 94], [81, 83]])
+    lines = {line.get_label(): line for line in ax.lines}
+    assert set(lines["no constraint"].get_ydata()) == {70}
+    assert set(lines["one standard error below the best"].get_ydata()) == {86}
+    for label, point in {
+        "best: c = 0.3": (0.3, 90),
+        "one standard error: c = 0.1": (0.1, 88),
+    }.items():
+        assert (*lines[label].get_xdata(), *lines[label].get_ydata()) == point
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["0.1", "0.3", "1"]
+    assert ax.get_ylabel() == "right"
+
+
+def test_no_constraint_may_be_the_best():
+    ax = plotting.plot_selection(
+        [1, np.inf], [70, 80], [1, 1], best=np.inf, one_standard_error=np.inf
+    )
+    ax.figure.canvas.draw()
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "best: c = ∞" in labels
+
+
 def test_pictures_go_where_they_are_told():
     figure, axes = plt.subplots(2, 2)
     assert plotting.plot_weight_matrix(KERNEL, axes[0, 0]) is axes[0, 0]

@@ -154,6 +154,43 @@ def test_each_trial_can_have_its_own_data():
     np.testing.assert_allclose(errors, expected, rtol=1e-4)
 
 
+def test_each_trial_can_have_its_own_rows():
+    """Every example is told by its target: with batches of one the losses say which were taken."""
+    y = np.arange(10, dtype=np.float32)
+    tell = TASK._replace(loss=lambda outputs, y: y + 0 * outputs)
+    rows = np.array([[1, 3, 5, 7, 9], [8, 6, 2, -1, -1]])
+    trained = train(
+        tell,
+        [Lane(0, 1.0), Lane(1, 1.0)],
+        (X[None, :10], y[None]),
+        epochs=20,
+        batch_size=1,
+        seed=0,
+        rows=rows,
+        steps_per_call=1,
+    )
+    taken = np.array([p.loss for p in trained.history]).reshape(20, 3, 2)
+    for lane, fold in enumerate(rows):
+        own = set(fold[fold >= 0])
+        epochs = [set(epoch) for epoch in taken[:, :, lane]]
+        assert all(len(epoch) == 3 and epoch <= own for epoch in epochs)
+        assert set().union(*epochs) == own
+    assert len({tuple(epoch) for epoch in taken[:, :, 0]}) > 15
+
+
+def test_c_may_differ_by_layer():
+    own = TASK._replace(
+        init=lambda key, c: {"w": jnp.stack([c["b"], c["a"]])},
+        apply=lambda params, x: x[:, :2] @ params["w"],
+        optimizer=lambda c: optax.sgd(0.0 * c["b"]),
+    )
+    lanes = [Lane(0, {"a": 0.1, "b": 2.0}), Lane(0, {"a": 3.0, "b": 0.7})]
+    w = np.asarray(train(own, lanes, SHARED, epochs=1, batch_size=6, seed=0).params["w"])
+    np.testing.assert_allclose(w, [[2.0, 0.1], [0.7, 3.0]], rtol=2e-7)
+    assert float(w[0, 1]) <= 0.1
+    assert float(w[1, 0]) <= 0.7
+
+
 def test_no_radius_is_rounded_up():
     radii = [0.1, 0.3, 0.7, 1.0, 1e-3, 1e10]
     task = TASK._replace(
