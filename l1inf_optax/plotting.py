@@ -285,8 +285,8 @@ def plot_selection(
     )
     # They may be the same: the diamond is hollow, so that a star inside it shows.
     marks = (
-        ("best", best, "*", 14, "full"),
-        ("one standard error", one_standard_error, "D", 14, "none"),
+        ("best", best, "*", 12, "full"),
+        ("one standard error", one_standard_error, "D", 12, "none"),
     )
     for name, radius, marker, size, fill in marks:
         text = "∞" if np.isinf(radius) else f"{radius:g}"

@@ -4,7 +4,8 @@
   and of the regression (1000-300-1, full batches; squared error), for the paper's values of c.
 - The question that the paper leaves open: does a c for each layer beat a single c? In every trial,
   with data of its own, Optuna proposes candidates for the three hidden layers of the classification
-  network in rounds, beginning with the best single c for each; all are validated on the same folds.
+  network in rounds, from the best single c for each to a factor of six above and below it; all are
+  validated on the same folds.
   Then networks with the best single c, with that of the one-standard-error rule and with the best c
   of each layer are trained on all of the trial's training data and compared on its test data, which
   had no part in the choice.
@@ -64,7 +65,7 @@ QUICK: dict[str, Any] = {
 }
 FOLDS = 5
 BATCH_SIZE = 50
-BOUNDS = (0.01, 3.0)  # of each layer's c
+FACTOR = 6.0  # each layer's c is sought from the best single c over it to the same times it
 
 HIDDEN = ("hidden_0", "hidden_1", "hidden_2")
 CHOICES = ("single c", "one-SE c", "c by layer")
@@ -206,6 +207,7 @@ def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Sele
     console.print("classification, cross-validation")
     epochs, seed = settings["epochs"], settings["seed"]
     x, y = map(jnp.asarray, data)
+    largest = max((c for c in settings["c"] if np.isfinite(c)), default=1.0)
     steps = epochs * steps_per_epoch(synthetic.SAMPLES * (FOLDS - 1) // FOLDS, BATCH_SIZE)
     total = settings["trials"] * (1 + settings["rounds"]) * steps
     taken = itertools.count(0, steps)
@@ -230,14 +232,13 @@ def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Sele
 
             single = validate([dict.fromkeys(HIDDEN, c) for c in settings["c"]])
             single = single._replace(c=tuple(settings["c"]))
-            low, high = BOUNDS
-            start = dict.fromkeys(HIDDEN, float(np.clip(single.best_c, low, high)))
+            start = min(single.best_c, largest)
             layered = search_layer_c(
                 validate,
-                dict.fromkeys(HIDDEN, BOUNDS),
+                dict.fromkeys(HIDDEN, (start / FACTOR, start * FACTOR)),
                 rounds=settings["rounds"],
                 candidates_per_round=settings["candidates"],
-                start=[start],
+                start=[dict.fromkeys(HIDDEN, start)],
                 seed=seed + trial,
             )
             return Selection(single, layered)
@@ -343,13 +344,15 @@ def _layers_figure(selection: Selection, accuracy: np.ndarray) -> Figure:
     left.axhline(single, color="0.3", linestyle="--", label="best single c")
     left.set(xlabel="candidate, in the order proposed", ylabel="validation accuracy (%)")
     left.set_title("search for a c of each layer, first trial")
-    left.legend(frameon=False)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend()
     places = range(len(CHOICES))
     right.plot(places, accuracy.T, color="0.75", marker="o", markersize=4)
     right.plot(places, accuracy.mean(axis=0), "D", color=plotting.ORANGE, label="mean")
     right.set_xticks(places, CHOICES)
     right.set(ylabel="test accuracy (%)", title="trained with what was chosen, one line per trial")
-    right.legend(frameon=False)
+    right.margins(x=0.15)
+    right.legend()
     for ax in (left, right):
         ax.grid(alpha=0.3)
     return figure
