@@ -35,7 +35,7 @@ class CrossValidation(NamedTuple):
     Attributes:
         c: the m candidates, in the order given: numbers, or mappings from layers to numbers.
         scores: ``(m, k)`` float64, the mean score over the examples of each of k validation folds,
-            not finite where the training diverged.
+            NaN where the training diverged.
     """
 
     c: tuple[C, ...]
@@ -139,7 +139,8 @@ def cross_validate(
 
     All (candidate, fold) pairs train at once, in one compiled program in which c is data, spread
     over all devices; on each, ``lanes_at_once`` of them are computed together. Networks of the same
-    fold start from the same key and see the same minibatches, whatever their c.
+    fold start from the same key and see the same minibatches, whatever their c. Another call with
+    the same functions, and as many candidates, compiles nothing anew.
 
     Folds may differ in size. All take as many steps as the smallest, so that a schedule means the
     same for each: every epoch draws as many minibatches as that one holds from a new random order
@@ -221,7 +222,8 @@ def cross_validate(
     which = jnp.array([lane.trial for lane in lanes])
     unseen = _stacked([rows for _, rows in folds])
     means = np.asarray(_means(apply, score or loss, params, which, unseen, x, y), np.float64)
-    scores = (means if score else -means).reshape(len(candidates), len(folds))
+    scores = np.where(np.isfinite(means), means if score else -means, np.nan)
+    scores = scores.reshape(len(candidates), len(folds))
     return CrossValidation(candidates, scores)
 
 
@@ -273,7 +275,7 @@ def search_layer_c(
         ...     lambda key, c: l1inf.project_params(model.init(key, x), c),
         ...     lambda params, x: model.apply(params, x)[:, 0],
         ...     optax.squared_error,
-        ...     lambda c: l1inf.constrain(optax.adam(1e-2), c),
+        ...     lambda c: optax.chain(optax.sgd(1e-2), l1inf.keep_params_in_l1inf_ball(c)),
         ...     x, x[:, 0], epochs=1, batch_size=8, cv=2,
         ... )
         >>> result = l1inf.selection.search_layer_c(

@@ -19,7 +19,17 @@ def python(code):
 
 @pytest.mark.parametrize(
     "package",
-    ["flax", "matplotlib", "mlxtend", "orbax", "pandas", "rich", "scipy.stats", "sklearn"],
+    [
+        "flax",
+        "matplotlib",
+        "mlxtend",
+        "optuna",
+        "orbax",
+        "pandas",
+        "rich",
+        "scipy.stats",
+        "sklearn",
+    ],
 )
 def test_importing_the_package_does_not_import(package):
     assert python(f"import sys, l1inf_optax; print({package!r} in sys.modules)") == "False"

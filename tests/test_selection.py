@@ -231,6 +231,17 @@ def test_networks_of_any_library(library):
     assert np.isfinite(result.scores).all()
 
 
+def test_what_diverges_is_never_chosen():
+    def reckless(c):
+        return optax.sgd(jnp.where(c > 1, 1e6, 1e-3))
+
+    result = cross_validate(init, apply, loss, reckless, X, Y, RADII, epochs=9, batch_size=10)
+    np.testing.assert_array_equal(
+        np.isnan(result.scores), np.repeat([[c > 1] for c in RADII], 5, 1)
+    )
+    assert result.best_c == result.one_standard_error_c == 0.5
+
+
 TABLE = CrossValidation(
     (1.0, 0.3, 0.1, 0.03),
     np.array([[80, 82, 84], [88, 92, 90], [88, 88, 90.6], [60, 99, 95]], float),
