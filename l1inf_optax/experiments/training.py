@@ -8,7 +8,8 @@ differ in nothing but c. `train` goes like this:
 2. cut the epochs into pieces of at most ``steps_per_call`` minibatches, or put several short
    epochs into one piece;
 3. for each piece call one compiled function, which shuffles by (seed, trial, epoch) and takes the
-   optimizer's step on each of the piece's minibatches, in every lane;
+   optimizer's step on each of the piece's minibatches, augmented if the task says how, in every
+   lane;
 4. note every lane's mean loss and share of zeros, and tell whoever watches;
 5. return the parameters of all lanes, stacked.
 
@@ -57,7 +58,7 @@ class Lane(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is trained: four functions, the same for every lane.
+    """What is trained: functions, the same for every lane.
 
     Attributes:
         init: ``(key, c) -> params``.
@@ -65,12 +66,17 @@ class Task(NamedTuple):
         loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
         optimizer: ``c -> transformation``, which keeps the lane in its ball; called with
             ``(c, rate)`` where the lanes name their rates. Both are traced.
+        augment: ``(key, x) -> x``, what training makes of a minibatch's inputs; nothing by default.
+            The key depends on the seed, the trial and the step, not on c.
+        counted: ``params -> params``, those whose zeros are counted; all by default.
     """
 
     init: Callable[[jax.Array, jax.Array], Params]
     apply: Apply
     loss: Metric
     optimizer: Callable[..., optax.GradientTransformation]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    counted: Callable[[Params], Params] = lambda params: params
 
 
 class Progress(NamedTuple):
@@ -79,7 +85,7 @@ class Progress(NamedTuple):
     Attributes:
         step: minibatches taken so far by every lane.
         loss: ``(lanes,)`` mean training loss over the minibatches of the call.
-        sparsity: ``(lanes,)`` exact zeros after the call, in percent of all parameters.
+        sparsity: ``(lanes,)`` exact zeros after the call, in percent of the parameters counted.
     """
 
     step: int
@@ -180,6 +186,7 @@ def evaluate(
     params: Params,
     lanes: Sequence[Lane],
     data: Data,
+    batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Means of ``metrics`` over a data set, for every lane.
 
@@ -189,6 +196,8 @@ def evaluate(
         params: stacked parameters, as `train` returns them.
         lanes: the lanes, in the same order.
         data: inputs and targets, laid out as for `train`.
+        batch_size: how many examples ``apply`` sees at once, where memory does not hold what a
+            network makes of all of them.
 
     Returns:
         ``(lanes,)`` float32 for every name.
@@ -200,7 +209,12 @@ def evaluate(
         def one(lane: tuple[Params, jax.Array]) -> dict[str, jax.Array]:
             params, trial = lane
             own = trial % y.shape[0]
-            outputs = apply(params, x[own])
+            if batch_size is None:
+                outputs = apply(params, x[own])
+            else:
+                outputs = jax.lax.map(
+                    lambda row: apply(params, row[None])[0], x[own], batch_size=batch_size
+                )
             return {name: metric(outputs, y[own]).mean() for name, metric in metrics.items()}
 
         return jax.lax.map(one, (params, trials))
@@ -215,6 +229,8 @@ def measure(
     lanes: Sequence[Lane],
     train_data: Data,
     test_data: Data,
+    *,
+    batch_size: int | None = None,
     **more: Metric,
 ) -> dict[str, np.ndarray]:
     """The columns of the paper's tables, for every lane.
@@ -225,23 +241,26 @@ def measure(
         lanes: the lanes, in the same order.
         train_data: what they trained on.
         test_data: what they have not seen, laid out alike.
+        batch_size: as in `evaluate`.
         **more: further means over the test data, by name.
 
     Returns:
         ``(lanes,)`` for each of train_error, test_error, generalization_error (their distance),
-        the names in ``more``, sparsity (exact zeros among all parameters, in percent) and
+        the names in ``more``, sparsity (exact zeros among the parameters counted, in percent) and
         sparsity_1e-3 (magnitudes below 1e-3, as the paper counts by all signs).
     """
-    on_train = evaluate(task.apply, {"error": task.loss}, params, lanes, train_data)["error"]
-    on_test = evaluate(task.apply, {"error": task.loss, **more}, params, lanes, test_data)
+    error: dict[str, Metric] = {"error": task.loss}
+    on_train = evaluate(task.apply, error, params, lanes, train_data, batch_size)["error"]
+    on_test = evaluate(task.apply, {**error, **more}, params, lanes, test_data, batch_size)
+    counted = task.counted(params)
     test_error = on_test.pop("error")
     return {
         "train_error": on_train,
         "test_error": test_error,
         "generalization_error": np.abs(test_error - on_train),
         **on_test,
-        "sparsity": np.asarray(jax.vmap(share_of_zeros)(params)),
-        "sparsity_1e-3": np.asarray(jax.vmap(partial(share_of_zeros, below=1e-3))(params)),
+        "sparsity": np.asarray(jax.vmap(share_of_zeros)(counted)),
+        "sparsity_1e-3": np.asarray(jax.vmap(partial(share_of_zeros, below=1e-3))(counted)),
     }
 
 
@@ -360,12 +379,19 @@ def _advance(
         n = y.shape[1]
         own = trial % y.shape[0]
 
-        def step(order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
+        def step(
+            epoch: jax.Array, order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]
+        ) -> tuple:
             (params, opt_state), total = carry
             rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, min(batch_size, n))
+            inputs = x[own, rows]
+            if task.augment is not None:
+                # Orders count the epochs from 1 upwards: no key of theirs is used again.
+                of_epoch = jax.random.fold_in(key, -1 - epoch)
+                inputs = task.augment(jax.random.fold_in(of_epoch, i), inputs)
 
             def mean_loss(params: Params) -> jax.Array:
-                return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
+                return task.loss(task.apply(params, inputs), y[own, rows]).mean()
 
             loss, grads = jax.value_and_grad(mean_loss)(params)
             updates, opt_state = update(grads, opt_state, params)
@@ -373,14 +399,14 @@ def _advance(
 
         def one_epoch(epoch: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
             order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), n)
-            return jax.lax.fori_loop(piece.first, piece.last, partial(step, order), carry)
+            return jax.lax.fori_loop(piece.first, piece.last, partial(step, epoch, order), carry)
 
         # The bounds are traced: a last piece that is shorter needs no second program.
         state, total = jax.lax.fori_loop(
             piece.first_epoch, piece.last_epoch, one_epoch, (state, jnp.zeros(()))
         )
         taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
-        return state, total / taken, share_of_zeros(state.params)
+        return state, total / taken, share_of_zeros(task.counted(state.params))
 
     return _map_lanes(one, (state, keys, trials, chosen), (piece, x, y), lanes_at_once)
 

@@ -201,6 +201,59 @@ def test_the_papers_columns_are_those_of_each_lane():
     np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3, 100 / 3], rtol=1e-6)
 
 
+def test_an_augmentation_that_changes_nothing_changes_no_bit():
+    plain = train(TASK, LANES, SHARED, **OPTIONS)
+    same = train(TASK._replace(augment=lambda key, x: x), LANES, SHARED, **OPTIONS)
+    np.testing.assert_array_equal(same.params["w"], plain.params["w"])
+    for got, expected in zip(same.history, plain.history, strict=True):
+        np.testing.assert_array_equal(got.loss, expected.loss)
+
+
+def test_every_step_of_every_trial_augments_anew_and_alike_for_every_c():
+    noisy = TASK._replace(
+        augment=lambda key, x: jnp.full_like(x, jax.random.uniform(key)),
+        apply=lambda params, x: x[:, 0] + 0 * params["w"].sum(),
+        loss=lambda outputs, y: outputs,
+    )
+    lanes = [Lane(0, 0.5), Lane(0, np.inf), Lane(1, 0.5)]
+    single, together = (
+        np.array([p.loss for p in train(noisy, lanes, SHARED, **OPTIONS, steps_per_call=n).history])
+        for n in (1, 9)
+    )
+    np.testing.assert_array_equal(single[:, 0], single[:, 1])
+    assert len(np.unique(single[:, [0, 2]])) == 2 * 9
+    np.testing.assert_allclose(together, single.mean(axis=0, keepdims=True), rtol=1e-6)
+
+
+def test_what_is_evaluated_is_not_augmented():
+    params = {"w": np.ones((1, D), np.float32)}
+    task = TASK._replace(augment=lambda key, x: 0 * x)
+    got, expected = (measure(t, params, LANES[:1], SHARED, SHARED) for t in (task, TASK))
+    assert got == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 50])
+def test_an_evaluation_in_batches_is_the_same(batch_size):
+    params = {"w": np.stack([np.ones(D), np.arange(D)])}
+    lanes = [Lane(0, 1.0), Lane(1, 1.0)]
+    expected = evaluate(apply, {"error": loss}, params, lanes, SHARED)["error"]
+    got = evaluate(apply, {"error": loss}, params, lanes, SHARED, batch_size)["error"]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_only_the_parameters_counted_are_counted():
+    params = {"w": np.array([[1.0, 0.0, 5e-4]]), "free": np.array([[1.0, 1.0]])}
+    lanes, counted = [Lane(0, np.inf)], lambda params: {"w": params["w"]}
+    task = TASK._replace(counted=counted)
+    got = measure(task, params, lanes, SHARED, SHARED)
+    np.testing.assert_allclose(got["sparsity"], [100 / 3], rtol=1e-6)
+    np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3], rtol=1e-6)
+    start = {"w": jnp.zeros(D), "free": jnp.ones(D)}
+    still = task._replace(init=lambda key, c: start, optimizer=lambda c: optax.sgd(0.0))
+    (*_, last) = train(still, lanes, SHARED, **OPTIONS).history
+    np.testing.assert_allclose(last.sparsity, [100])
+
+
 def test_the_largest_logit_is_the_answer():
     logits = np.array([[0.1, 0.2, 0.0], [3.0, -1.0, 2.0]])
     np.testing.assert_array_equal(right_percent(jnp.array(logits), np.array([1, 2])), [100, 0])
