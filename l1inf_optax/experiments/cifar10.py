@@ -19,7 +19,7 @@ GPU and has not been tuned:
 - columns start scaled down onto the boundary of a ball four times as wide as asked; it shrinks to
   c, geometrically, over 70% of the steps; then weights that are exactly zero stay zero;
 - on an accelerator activations are bfloat16, parameters float32. The wide convolutions are taken
-  in Fourier space, in float32: a small part of the work of adding up 441 products a pixel.
+  in Fourier space, in float32, where they are a small part of the work.
 
 With --quick a few steps on a few images: that everything runs, not what it reaches.
 """
@@ -273,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
 def make_task(precision: str, learning_rate: float, steps: int) -> Task:
     """The network, its loss and its optimizer, for a run of ``steps`` minibatches."""
     network = VGG16(jnp.dtype(precision))
-    settled = round(SETTLED * steps)
+    settled = max(1, round(SETTLED * steps))
     rate = recipes.warm_up_and_decay(learning_rate, RISE, steps)
 
     def init(key: jax.Array, c: jax.Array) -> Params:
@@ -281,7 +281,7 @@ def make_task(precision: str, learning_rate: float, steps: int) -> Task:
         return shrink_into_ball(params, START_WIDTH * c)
 
     def optimizer(c: jax.Array) -> optax.GradientTransformation:
-        radius = recipes.falling_radius(c, START_WIDTH, max(1, settled))
+        radius = recipes.falling_radius(c, START_WIDTH, settled)
         return l1inf.constrain(
             optax.sgd(rate, momentum=0.9, nesterov=True),
             {"wide_*": radius, "hidden_*": radius},

@@ -154,7 +154,8 @@ def _tar_files(path: Path) -> dict[str, bytes]:
     with archive:
         for member in archive:
             name = PurePosixPath(member.name)
-            file = archive.extractfile(member) if _is_batch(name) else None
+            wanted = member.isreg() and _is_batch(name)  # a link can point to nothing
+            file = archive.extractfile(member) if wanted else None
             if file is not None:
                 files[name.name] = _read_batch(file, path / name.name)
     return files
@@ -206,7 +207,7 @@ def _python_batch(content: bytes, path: Path) -> Split:
     """A pickled dictionary, made by Python 2: its strings are bytes here."""
     try:
         for opcode, argument, _ in pickletools.genops(content):
-            if "PUT" in opcode.name and argument > len(content):
+            if "PUT" in opcode.name and int(argument or 0) > len(content):
                 raise DataError("numbers more than it has")  # and takes memory for as many
         batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # whatever a broken program may raise

@@ -276,6 +276,14 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     refuse(write(tmp_path, {"images": content}) / "images", "neither a tar archive nor an .npz")
 
 
+def test_a_link_to_nothing_is_no_batch(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        link = tarfile.TarInfo(f"{NAME}.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "nowhere"
+        archive.addfile(link)
+    refuse(tmp_path / "x.tar", "holds no data_batch_1")
+
+
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
 def test_a_truncated_tar_archive_is_refused(tmp_path, kept):
     path = pack(tmp_path / "x.tar.gz", FILES["binary"])
