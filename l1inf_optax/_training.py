@@ -8,7 +8,8 @@ differ in nothing but c. `train` goes like this:
 2. cut the epochs into pieces of at most ``steps_per_call`` minibatches, or put several short
    epochs into one piece;
 3. for each piece call one compiled function, which shuffles by (seed, trial, epoch) and takes the
-   optimizer's step on each of the piece's minibatches, in every lane;
+   optimizer's step on each of the piece's minibatches, augmented if the task says how, in every
+   lane;
 4. note every lane's mean loss and share of zeros, and tell whoever watches;
 5. return the parameters of all lanes, stacked.
 
@@ -51,7 +52,7 @@ class Lane(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is trained: four functions, the same for every lane.
+    """What is trained: functions, the same for every lane.
 
     Attributes:
         init: ``(key, c) -> params``.
@@ -59,12 +60,17 @@ class Task(NamedTuple):
         loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
         optimizer: ``c -> transformation``, which keeps the lane in its ball; called with
             ``(c, rate)`` where the lanes name their rates. Both are traced.
+        augment: ``(key, x) -> x``, what training makes of a minibatch's inputs; nothing by default.
+            The key depends on the seed, the trial and the step, not on c.
+        counted: ``params -> params``, those whose zeros are counted; all by default.
     """
 
     init: Callable[[jax.Array, Any], Params]
     apply: Apply
     loss: Metric
     optimizer: Callable[..., optax.GradientTransformation]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    counted: Callable[[Params], Params] = lambda params: params
 
 
 class Progress(NamedTuple):
@@ -73,7 +79,7 @@ class Progress(NamedTuple):
     Attributes:
         step: minibatches taken so far by every lane.
         loss: ``(lanes,)`` mean training loss over the minibatches of the call.
-        sparsity: ``(lanes,)`` exact zeros after the call, in percent of all parameters.
+        sparsity: ``(lanes,)`` exact zeros after the call, in percent of the parameters counted.
     """
 
     step: int
@@ -262,12 +268,19 @@ def _advance(
         fold = folds[trial % folds.shape[0]]
         own = trial % y.shape[0]
 
-        def step(order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
+        def step(
+            epoch: jax.Array, order: jax.Array, i: jax.Array, carry: tuple[_State, jax.Array]
+        ) -> tuple:
             (params, opt_state), total = carry
             rows = jax.lax.dynamic_slice_in_dim(order, i * batch_size, batch_size)
+            inputs = x[own, rows]
+            if task.augment is not None:
+                # Orders count the epochs from 1 upwards: no key of theirs is used again.
+                of_epoch = jax.random.fold_in(key, -1 - epoch)
+                inputs = task.augment(jax.random.fold_in(of_epoch, i), inputs)
 
             def mean_loss(params: Params) -> jax.Array:
-                return task.loss(task.apply(params, x[own, rows]), y[own, rows]).mean()
+                return task.loss(task.apply(params, inputs), y[own, rows]).mean()
 
             loss, grads = jax.value_and_grad(mean_loss)(params)
             updates, opt_state = update(grads, opt_state, params)
@@ -276,14 +289,14 @@ def _advance(
         def one_epoch(epoch: jax.Array, carry: tuple[_State, jax.Array]) -> tuple:
             order = jax.random.permutation(jax.random.fold_in(key, 1 + epoch), fold)
             order = order[jnp.argsort(order < 0)]  # what only fills a fold up comes last
-            return jax.lax.fori_loop(piece.first, piece.last, partial(step, order), carry)
+            return jax.lax.fori_loop(piece.first, piece.last, partial(step, epoch, order), carry)
 
         # The bounds are traced: a last piece that is shorter needs no second program.
         state, total = jax.lax.fori_loop(
             piece.first_epoch, piece.last_epoch, one_epoch, (state, jnp.zeros(()))
         )
         taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
-        return state, total / taken, share_of_zeros(state.params)
+        return state, total / taken, share_of_zeros(task.counted(state.params))
 
     return _map_lanes(one, (state, keys, trials, chosen), (piece, rows, x, y), lanes_at_once)
 

@@ -238,3 +238,38 @@ def test_lanes_may_differ_in_their_learning_rates():
         fixed = TASK._replace(optimizer=lambda c, rate=rate: optax.chain(optax.sgd(rate), clip(c)))
         alone = train(fixed, [Lane(0, 0.5)], SHARED, **OPTIONS).params["w"][0]
         np.testing.assert_allclose(w, alone, rtol=1e-6)
+
+
+def test_an_augmentation_that_changes_nothing_changes_no_bit():
+    plain = train(TASK, LANES, SHARED, **OPTIONS)
+    same = train(TASK._replace(augment=lambda key, x: x), LANES, SHARED, **OPTIONS)
+    np.testing.assert_array_equal(same.params["w"], plain.params["w"])
+    for got, expected in zip(same.history, plain.history, strict=True):
+        np.testing.assert_array_equal(got.loss, expected.loss)
+
+
+def test_every_step_of_every_trial_augments_anew_and_alike_for_every_c():
+    noisy = TASK._replace(
+        augment=lambda key, x: jnp.full_like(x, jax.random.uniform(key)),
+        apply=lambda params, x: x[:, 0] + 0 * params["w"].sum(),
+        loss=lambda outputs, y: outputs,
+    )
+    lanes = [Lane(0, 0.5), Lane(0, np.inf), Lane(1, 0.5)]
+    single, together = (
+        np.array([p.loss for p in train(noisy, lanes, SHARED, **OPTIONS, steps_per_call=n).history])
+        for n in (1, 9)
+    )
+    np.testing.assert_array_equal(single[:, 0], single[:, 1])
+    assert len(np.unique(single[:, [0, 2]])) == 2 * 9
+    np.testing.assert_allclose(together, single.mean(axis=0, keepdims=True), rtol=1e-6)
+
+
+def test_the_history_counts_the_zeros_of_the_parameters_counted():
+    start = {"w": jnp.zeros(D), "free": jnp.ones(D)}
+    still = TASK._replace(
+        init=lambda key, c: start,
+        optimizer=lambda c: optax.sgd(0.0),
+        counted=lambda params: {"w": params["w"]},
+    )
+    (*_, last) = train(still, [Lane(0, np.inf)], SHARED, **OPTIONS).history
+    np.testing.assert_allclose(last.sparsity, [100])

@@ -9,11 +9,14 @@ MNIST comes from one of two places:
 A file from outside is hostile until checked: no pickle is ever loaded, a header is compared with
 what the experiment expects before anything is allocated for the data behind it, and no more is
 decompressed than the header announces. Whatever is wrong ends in one sentence, a `DataError`.
+What is not about digits serves `cifar_data` too.
 """
 
 import gzip
 import zipfile
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -113,7 +116,7 @@ def _read_idx_folder(folder: Path) -> list[NDArray]:
         )
         x = _read_idx(images, IMAGES_MAGIC)
         y = _read_idx(labels, LABELS_MAGIC)
-        arrays += [x, _checked_labels(y, len(x), labels)]
+        arrays += [x, checked_labels(y, len(x), labels)]
     return arrays
 
 
@@ -145,7 +148,7 @@ def _read_idx(path: Path, magic: int) -> NDArray[np.uint8]:
             _check_shape(shape, rank, path)
             return _read_array(file, shape, np.dtype(np.uint8), path)
     except BROKEN as error:
-        raise _as_data_error(error, path) from error
+        raise as_data_error(error, path) from error
 
 
 def _read_npz(path: Path) -> list[NDArray]:
@@ -155,22 +158,43 @@ def _read_npz(path: Path) -> list[NDArray]:
     try:
         with zipfile.ZipFile(path) as archive:
             for split in ("train", "test"):
-                x = _read_npy(archive, f"x_{split}", 3, path)
-                y = _read_npy(archive, f"y_{split}", 1, path)
-                arrays += [x, _checked_labels(y, len(x), path)]
+                x = read_npy(archive, f"x_{split}", path, partial(_check_digits, path, 3), EXPECTED)
+                y = read_npy(archive, f"y_{split}", path, partial(_check_digits, path, 1), EXPECTED)
+                arrays += [x, checked_labels(y, len(x), path)]
     except BROKEN as error:
-        raise _as_data_error(error, path) from error
+        raise as_data_error(error, path) from error
     return arrays
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str, rank: int, path: Path) -> NDArray:
+def read_npy(
+    archive: zipfile.ZipFile,
+    name: str,
+    path: Path,
+    check: Callable[[str, tuple[int, ...], np.dtype], None],
+    expected: str,
+) -> NDArray:
     """One array of an ``.npz``, its header read first.
 
     ``np.load(path, allow_pickle=False)`` would refuse pickles too, but it allocates whatever the
     header claims before it finds out that the data are not there.
+
+    Args:
+        archive: the open ``.npz``.
+        name: the array's.
+        path: the archive's, for messages.
+        check: called with the name, and the shape and the dtype that the header announces; raises
+            if they are not what is wanted.
+        expected: what to give instead, if there is no such array.
+
+    Returns:
+        The array.
+
+    Raises:
+        DataError: if it is not there or not plain, or what ``check`` raises. Broken archives raise
+            one of `BROKEN`.
     """
     if f"{name}.npy" not in archive.namelist():
-        raise DataError(f"{path}: holds no array '{name}'; {EXPECTED}")
+        raise DataError(f"{path}: holds no array '{name}'; {expected}")
     with archive.open(f"{name}.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise DataError(f"{path}: '{name}' is not a plain array; save it with np.savez")
@@ -180,12 +204,18 @@ def _read_npy(archive: zipfile.ZipFile, name: str, rank: int, path: Path) -> NDA
                 f"{path}: '{name}' holds pickled objects, which are never loaded because they can "
                 "run code; save a plain array of numbers"
             )
-        if dtype != np.uint8 and (rank == 3 or dtype.kind not in "iu"):
-            wanted = "uint8" if rank == 3 else "integers"
-            raise DataError(f"{path}: '{name}' is {dtype} instead of {wanted}; convert it")
-        _check_shape(shape, rank, path)
+        check(name, shape, dtype)
         array = _read_array(file, shape[::-1] if fortran_order else shape, dtype, path)
         return array.T if fortran_order else array
+
+
+def _check_digits(
+    path: Path, rank: int, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> None:
+    if dtype != np.uint8 and (rank == 3 or dtype.kind not in "iu"):
+        wanted = "uint8" if rank == 3 else "integers"
+        raise DataError(f"{path}: '{name}' is {dtype} instead of {wanted}; convert it")
+    _check_shape(shape, rank, path)
 
 
 def _check_shape(shape: tuple[int, ...], rank: int, path: Path) -> None:
@@ -216,7 +246,8 @@ def _read_exactly(file: IO[bytes], size: int, path: Path, part: str) -> bytes:
     return data
 
 
-def _checked_labels(labels: NDArray, images: int, path: Path) -> NDArray[np.int32]:
+def checked_labels(labels: NDArray, images: int, path: Path) -> NDArray[np.int32]:
+    """The labels; a `DataError` unless there is one of ten classes for every image."""
     if len(labels) != images:
         raise DataError(
             f"{path}: has {len(labels)} labels for {images} images; use files that belong together"
@@ -225,12 +256,13 @@ def _checked_labels(labels: NDArray, images: int, path: Path) -> NDArray[np.int3
     if lowest < 0 or highest >= CLASSES:
         raise DataError(
             f"{path}: has labels from {lowest} to {highest} instead of 0 to {CLASSES - 1}; "
-            "use the labels of handwritten digits"
+            "use the labels of ten classes"
         )
     return labels.astype(np.int32)
 
 
-def _as_data_error(error: Exception, path: Path) -> DataError:
+def as_data_error(error: Exception, path: Path) -> DataError:
+    """What went wrong with a file, in one sentence."""
     if isinstance(error, DataError):
         return error
     if isinstance(error, PermissionError):

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from numpy.typing import ArrayLike
 from rich import box
@@ -146,6 +147,11 @@ def write_json(
         **more,
     }
     path.write_text(json.dumps(_finite(document), indent=2, allow_nan=False) + "\n")
+
+
+def device() -> str:
+    """What computes, as its maker calls it, such as ``1 x NVIDIA H100 80GB HBM3``."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _finite(value: Any) -> Any:

@@ -190,7 +190,7 @@ def _validate_regression(console: Console, settings: dict[str, Any]) -> CrossVal
     (x, y), _ = synthetic.regression_trial(jax.random.key(settings["seed"]))
     with report.training_bar(console, steps) as watch:
         return cross_validate(
-            *regression.make_task(steps),
+            *regression.make_task(steps)[:4],
             x,
             y,
             settings["c"],

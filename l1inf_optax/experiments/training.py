@@ -59,6 +59,7 @@ def evaluate(
     params: Params,
     lanes: Sequence[Lane],
     data: Data,
+    batch_size: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Means of ``metrics`` over a data set, for every lane.
 
@@ -68,6 +69,8 @@ def evaluate(
         params: stacked parameters, as `train` returns them.
         lanes: the lanes, in the same order.
         data: inputs and targets, laid out as for `train`.
+        batch_size: how many examples ``apply`` sees at once, where memory does not hold what a
+            network makes of all of them.
 
     Returns:
         ``(lanes,)`` float32 for every name.
@@ -79,7 +82,12 @@ def evaluate(
         def one(lane: tuple[Params, jax.Array]) -> dict[str, jax.Array]:
             params, trial = lane
             own = trial % y.shape[0]
-            outputs = apply(params, x[own])
+            if batch_size is None:
+                outputs = apply(params, x[own])
+            else:
+                outputs = jax.lax.map(
+                    lambda row: apply(params, row[None])[0], x[own], batch_size=batch_size
+                )
             return {name: metric(outputs, y[own]).mean() for name, metric in metrics.items()}
 
         return jax.lax.map(one, (params, trials))
@@ -94,6 +102,8 @@ def measure(
     lanes: Sequence[Lane],
     train_data: Data,
     test_data: Data,
+    *,
+    batch_size: int | None = None,
     **more: Metric,
 ) -> dict[str, np.ndarray]:
     """The columns of the paper's tables, for every lane.
@@ -104,23 +114,26 @@ def measure(
         lanes: the lanes, in the same order.
         train_data: what they trained on.
         test_data: what they have not seen, laid out alike.
+        batch_size: as in `evaluate`.
         **more: further means over the test data, by name.
 
     Returns:
         ``(lanes,)`` for each of train_error, test_error, generalization_error (their distance),
-        the names in ``more``, sparsity (exact zeros among all parameters, in percent) and
+        the names in ``more``, sparsity (exact zeros among the parameters counted, in percent) and
         sparsity_1e-3 (magnitudes below 1e-3, as the paper counts by all signs).
     """
-    on_train = evaluate(task.apply, {"error": task.loss}, params, lanes, train_data)["error"]
-    on_test = evaluate(task.apply, {"error": task.loss, **more}, params, lanes, test_data)
+    error: dict[str, Metric] = {"error": task.loss}
+    on_train = evaluate(task.apply, error, params, lanes, train_data, batch_size)["error"]
+    on_test = evaluate(task.apply, {**error, **more}, params, lanes, test_data, batch_size)
+    counted = task.counted(params)
     test_error = on_test.pop("error")
     return {
         "train_error": on_train,
         "test_error": test_error,
         "generalization_error": np.abs(test_error - on_train),
         **on_test,
-        "sparsity": np.asarray(jax.vmap(share_of_zeros)(params)),
-        "sparsity_1e-3": np.asarray(jax.vmap(partial(share_of_zeros, below=1e-3))(params)),
+        "sparsity": np.asarray(jax.vmap(share_of_zeros)(counted)),
+        "sparsity_1e-3": np.asarray(jax.vmap(partial(share_of_zeros, below=1e-3))(counted)),
     }
 
 

@@ -3,8 +3,16 @@
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
-from l1inf_optax.experiments.training import Lane, Task, measure, right_percent, shrink_into_ball
+from l1inf_optax.experiments.training import (
+    Lane,
+    Task,
+    evaluate,
+    measure,
+    right_percent,
+    shrink_into_ball,
+)
 
 RNG = np.random.default_rng(1)
 N, D = 20, 3
@@ -36,6 +44,30 @@ def test_the_papers_columns_are_those_of_each_lane():
         np.testing.assert_allclose(got["largest"][i], outputs.mean(), rtol=1e-4)
     np.testing.assert_allclose(got["sparsity"], [100 / 3, 100 / 3], rtol=1e-6)
     np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3, 100 / 3], rtol=1e-6)
+
+
+def test_what_is_evaluated_is_not_augmented():
+    params = {"w": np.ones((1, D), np.float32)}
+    task = TASK._replace(augment=lambda key, x: 0 * x)
+    got, expected = (measure(t, params, [Lane(0, 1.0)], SHARED, SHARED) for t in (task, TASK))
+    assert got == expected
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 50])
+def test_an_evaluation_in_batches_is_the_same(batch_size):
+    params = {"w": np.stack([np.ones(D), np.arange(D)])}
+    lanes = [Lane(0, 1.0), Lane(1, 1.0)]
+    expected = evaluate(TASK.apply, {"error": TASK.loss}, params, lanes, SHARED)["error"]
+    got = evaluate(TASK.apply, {"error": TASK.loss}, params, lanes, SHARED, batch_size)["error"]
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_only_the_parameters_counted_are_counted():
+    params = {"w": np.array([[1.0, 0.0, 5e-4]]), "free": np.array([[1.0, 1.0]])}
+    task = TASK._replace(counted=lambda params: {"w": params["w"]})
+    got = measure(task, params, [Lane(0, np.inf)], SHARED, SHARED)
+    np.testing.assert_allclose(got["sparsity"], [100 / 3], rtol=1e-6)
+    np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3], rtol=1e-6)
 
 
 def test_the_largest_logit_is_the_answer():
