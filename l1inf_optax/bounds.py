@@ -285,11 +285,12 @@ def _log_levels(k: int, c: ArrayLike, rho: ArrayLike) -> jax.Array:
         raise ValueError(f"k={k!r} is not the number of hidden layers: give 0, 1, 2, ...")
     check_radius(c)
     _check("rho", rho, lambda rho: rho > 0, "the activation's Lipschitz constant: 1 for ReLU, tanh")
-    if jnp.shape(c) not in ((), (depth,)):
+    constants = jnp.asarray(c, float)
+    if constants.shape not in ((), (depth,)):
         raise ValueError(
-            f"c has shape {jnp.shape(c)}: give one number, or one for each of the k={k} layers"
+            f"c has shape {constants.shape}: give one number, or one for each of the k={k} layers"
         )
-    growth = jnp.log(jnp.broadcast_to(jnp.asarray(c, float), (depth,))) + jnp.log(rho)
+    growth = jnp.log(jnp.broadcast_to(constants, (depth,))) + jnp.log(rho)
     return jnp.concatenate([jnp.zeros(1), jnp.cumsum(growth[::-1])])
 
 
@@ -537,6 +538,7 @@ def certificate(
         The bound on the gap is 0.0911 by the norms reached and 0.1518 by c. Both hold; ...
         With the same norms it is 0.4 for 2,594 samples.
     """
+    _check_delta(delta)
     inputs, targets = jnp.asarray(x), jnp.asarray(y)
     _check_inputs(inputs, input_bound)
     hidden, columns = _read_norms(params, c, layers)
@@ -686,7 +688,7 @@ def _check_inputs(x: jax.Array, input_bound: float) -> None:
     _check("input_bound", input_bound, lambda b: b > 0, "the largest magnitude an input can have")
     if x.ndim < 2 or not x.size:
         raise ValueError(f"x has shape {x.shape}: give (n, ...) inputs")
-    largest = float(jnp.abs(x).max())
+    largest = float(np.abs(np.asarray(x)).max())  # NumPy's maximum never misses a NaN
     if not largest <= input_bound:
         raise ValueError(
             f"x has magnitudes of up to {largest:g}, beyond input_bound={input_bound:g}: clip or "
@@ -701,7 +703,7 @@ def _check_outputs(outputs: jax.Array, columns: np.ndarray, largest: float) -> N
             f"apply returns {outputs.shape[1]} outputs for each input, but the layer that c "
             f"leaves free has {len(columns)} units: leave the output layer free and no other"
         )
-    size = float(jnp.abs(outputs).max())
+    size = float(np.abs(np.asarray(outputs)).max())
     if not size <= largest * (1 + 1e-3):
         raise ValueError(
             f"apply returns outputs of up to {size:g}, where layers of these norms give {largest:g}"
