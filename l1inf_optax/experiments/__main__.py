@@ -22,6 +22,7 @@ PROGRAM = "python -m l1inf_optax.experiments"
 EXPERIMENTS = {
     "mnist": "handwritten digits with a 784-900-10 network (Section 5.5, Table 3)",
     "regression": "high-dimensional regression with a 1000-300-1 network (Section 5.1, Table 1)",
+    "bounds": "generalization errors of trained networks beside the theory (Theorems 2 and 3)",
     "optimizers": "optimizers and projections on the simulated data (Sections 5.1 and 5.2)",
 }
 
