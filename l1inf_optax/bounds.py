@@ -43,10 +43,6 @@ __all__ = [
 ]
 
 
-# sqrt(2) for the cross entropy's gradient, sqrt(2) for the vector contraction (Maurer 2016).
-_CROSS_ENTROPY_LIPSCHITZ = 2.0
-
-
 def rademacher_bound(
     *,
     n: ArrayLike,
@@ -255,7 +251,8 @@ def _classification_output(
     """Theorem 3's class, by two norms; ``growth`` is what the hidden layers make of inputs of 1."""
     (size, union), (column, column_union) = rounding(total), rounding(largest)
     range_ = _cross_entropy_range(column * growth, m2)
-    return _Output(size, m2, range_, _CROSS_ENTROPY_LIPSCHITZ, union + column_union)
+    # 2: sqrt(2) for the cross entropy's gradient, sqrt(2) for the vector contraction
+    return _Output(size, m2, range_, 2.0, union + column_union)
 
 
 def _log_terms(
@@ -328,8 +325,11 @@ def _log_complexity(
 
 def _cross_entropy_range(size: ArrayLike, m2: ArrayLike) -> jax.Array:
     """Largest less smallest cross entropy of outputs between ``-size`` and ``size``."""
-    others = jnp.log(jnp.asarray(m2, float) - 1)
-    return jnp.logaddexp(0.0, others + 2 * size) - jnp.logaddexp(0.0, others - 2 * size)
+    # The logarithm of (1 + (m2 - 1) exp(2 size)) / (1 + (m2 - 1) exp(-2 size)), arranged so that no
+    # power overflows and nothing cancels.
+    double, others = 2 * jnp.asarray(size, float), jnp.asarray(m2, float) - 1
+    ratio = (1 - others) * jnp.expm1(-double) / (1 + others * jnp.exp(-double))
+    return double + jnp.log1p(ratio)
 
 
 def _check(name: str, value: ArrayLike, holds: Callable[[Any], Any], remedy: str) -> None:
@@ -405,7 +405,7 @@ class Certificate:
         empirical_risk: Mean loss over the sample.
         for_c: The bound for the constants c that were chosen in advance.
         reached: The bound for the norms that training has reached.
-        trivial: A risk that is had for nothing: the largest value of a truncated loss, or the
+        trivial: A risk that is had for nothing: on the sample that of the mean target, or the
             cross entropy of guessing all classes alike.
     """
 
@@ -526,7 +526,7 @@ def certificate(
         >>> def apply(params, x):
         ...     hidden = jnp.tanh(x @ params["hidden"]["kernel"] + params["hidden"]["bias"])
         ...     return hidden @ params["readout"]["kernel"] + params["readout"]["bias"]
-        >>> x, y = jnp.zeros((50_000, 3)), jnp.zeros(50_000)
+        >>> x, y = jnp.zeros((50_000, 3)), jnp.tile(jnp.array([0.5, -0.5]), 25_000)
         >>> print(bounds.certificate(params, x, y, apply=apply, c={"hidden": 0.5}))
         squared error, 4 at most: 50,000 samples of 3 inputs, 1 hidden layer, 1 output
         With probability 0.95 over the draw of the sample, the risk on new data is at most
@@ -613,6 +613,7 @@ def _problem(outputs: jax.Array, targets: jax.Array, truncation: float) -> _Prob
         _check("truncation", truncation, lambda t: t > 0, "the largest residual that counts")
         most = truncation**2
         losses = jnp.minimum((outputs[:, 0] - targets) ** 2, most)
+        trivial = float(jnp.minimum((targets.mean() - targets) ** 2, most).mean())
 
         def regression(
             total: jax.Array, largest: jax.Array, growth: jax.Array, rounding: _Rounding
@@ -620,7 +621,7 @@ def _problem(outputs: jax.Array, targets: jax.Array, truncation: float) -> _Prob
             del largest, growth
             return _regression_output(total, most, 2 * truncation, rounding)
 
-        return _Problem(f"squared error, {most:g} at most", losses, most, regression)
+        return _Problem(f"squared error, {most:g} at most", losses, trivial, regression)
     _check("y", targets, lambda y: (y >= 0) & (y < m2), f"classes from 0 to {m2 - 1}")
     losses = optax.softmax_cross_entropy_with_integer_labels(outputs, targets)
     classification = partial(_classification_output, m2)

@@ -333,6 +333,13 @@ def test_the_cross_entropys_range_is_reached_and_never_left(m2, size, seed):
     assert loss(-corner) - 1e-5 <= loss(jnp.array(inside)) <= loss(corner) + 1e-5
 
 
+def test_nearly_no_output_has_nearly_no_range():
+    task = network((5, 8, 3), c=1e-3)
+    readout = task["params"]["params"]["readout"]
+    task["params"]["params"]["readout"] = jax.tree.map(lambda v: 1e-7 * v, readout)
+    assert 0 < bounds.certificate(**task).reached.draw < 1e-5
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_vector_contraction_holds_for_the_cross_entropy(seed):
     n, m2, functions = 4, 3, 30
