@@ -450,6 +450,7 @@ class Certificate:
     def __str__(self) -> str:
         best = min(self.for_c, self.reached, key=lambda bound: bound.total)
         goal = self.trivial / 10
+        samples = self.sample_size(goal) if goal else math.inf
         return "\n".join(
             [
                 f"{self.loss}: {_count(self.n, 'sample')} of {_count(self.m1, 'input')}, "
@@ -464,7 +465,7 @@ class Certificate:
                 f" {self.trivial:.3g} is had for nothing.",
                 f"The bound on the gap is {self.reached.total:.4g} by the norms reached and"
                 f" {self.for_c.total:.4g} by c. Both hold; the smaller counts.",
-                f"With the same norms it is {goal:.2g} for {self.sample_size(goal):,.0f} samples.",
+                f"With the same norms it is {goal:.2g} for {samples:,.0f} samples.",
             ]
         )
 
@@ -553,20 +554,20 @@ def certificate(
         # Which layer comes first is not known. In no order are the levels larger than in this.
         return jnp.sort(norms).at[:1].multiply(scale)
 
+    def growth(norms: jax.Array) -> jax.Array:
+        return jnp.exp(_log_levels(k, in_order(norms), rho).max())
+
     def bound(norms: jax.Array, union: ArrayLike, rounding: _Rounding) -> GapBound:
-        constants = in_order(norms)
-        growth = jnp.exp(_log_levels(k, constants, rho).max())
-        output = problem.output(total, largest, growth, rounding)
+        output = problem.output(total, largest, growth(norms), rounding)
         output = output._replace(union=output.union + union)
-        logs = _log_terms(n, m1, k, constants, rho, delta / 2, output)
+        logs = _log_terms(n, m1, k, in_order(norms), rho, delta / 2, output)
         draw, richness = (_exp(float(log)) for log in logs)
         return GapBound(draw, richness, tuple(norms.tolist()), float(output.size))
 
     next_power = partial(_next_power, steps=_STEPS_PER_NORM * (k + 1))
     norms, radii = jnp.array(list(hidden.values()), float).reshape(k, 2).T
     reached, unions = next_power(norms)
-    growth = jnp.exp(_log_levels(k, in_order(reached), rho).max())
-    _check_outputs(outputs, columns, float(largest * growth))
+    _check_outputs(outputs, columns, float(largest * growth(reached)))
     return Certificate(
         loss=problem.loss,
         n=n,
@@ -669,7 +670,7 @@ def _read_norms(
                 f"c gives {radius!r} for the layer {layer.path!r}, whose L1,inf norm is {norm:g}: "
                 "give the number it was trained with, in the end"
             )
-        norms[layer.leaf_path] = norm, float(radius)
+        norms[layer.path] = norm, float(radius)
     return norms, _column_norms(free[0], leaves)
 
 
