@@ -75,7 +75,7 @@ def ascended(key, x, c, o, activation, *, k, restarts=8, steps=40, width=6):
 
         keys = jax.random.split(key, (k, 2))
         starts = [
-            _project(c * (_corners(one, shape) + 0.2 / shape[0] * _normal(two, shape)), c)
+            _project(c * (_corners(one, shape) + jax.random.normal(two, shape) / shape[0] / 5), c)
             for shape, (one, two) in zip(shapes, keys, strict=True)
         ]
         layers, values = jax.lax.scan(step, starts, jnp.geomspace(0.5, 0.01, steps))
@@ -90,9 +90,6 @@ def ascended(key, x, c, o, activation, *, k, restarts=8, steps=40, width=6):
 
     settings = jax.random.split(key, len(x)), x, c, o, activation
     return jax.lax.map(lambda setting: complexity(*setting), settings)
-
-
-_normal = jax.random.normal
 
 
 def _corners(key, shape):

@@ -116,7 +116,7 @@ def test_without_hidden_layers_no_bound_is_below_the_exact_complexity(n, m1):
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_with_hidden_layers_no_bound_is_below_what_ascent_finds(k):
-    drawn = random_settings(100, 6, 4, seed=k)
+    drawn = random_settings(100, 5, 4, seed=k)
     arrays = map(jnp.asarray, drawn)
     found = complexity.ascended(jax.random.key(0), *arrays, k=k, restarts=4, steps=25, width=4)
     ratios = []
@@ -375,11 +375,11 @@ def test_contraction_holds_under_an_exponential(name, seed):
 
 def unrolled(layer, params, shape):
     """The convolution's matrix with the bias in row 0, float64: a column for every output."""
-    x = jnp.zeros(shape)
-    apply = partial(layer.apply, params)
-    bias = np.asarray(apply(x), np.float64).reshape(1, -1)
-    weights = np.asarray(jax.jacobian(apply)(x), np.float64).reshape(bias.size, -1).T
-    return np.concatenate([bias, weights])
+    size = math.prod(shape)
+    one_pixel_each = np.eye(1 + size, size, -1).reshape(-1, *shape)  # after an empty image
+    outputs = np.asarray(layer.apply(params, one_pixel_each), np.float64).reshape(1 + size, -1)
+    outputs[1:] -= outputs[0]
+    return outputs
 
 
 # Where no output sees all of the kernel, or the kernel meets an input twice: below, not equal.
@@ -400,7 +400,7 @@ def test_an_unrolled_convolution_has_the_norm_of_its_kernel(name):
     if name in BELOW:
         assert norm < kernel.max()
     else:
-        np.testing.assert_allclose(norm, kernel.max(), rtol=1e-6)
+        np.testing.assert_allclose(norm, kernel.max(), rtol=1e-5)
 
 
 def test_padding_can_only_lower_the_norm():
