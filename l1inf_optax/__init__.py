@@ -19,7 +19,7 @@ from l1inf_optax._transform import (
 from l1inf_optax.sparsity import LayerSparsity, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
-    from l1inf_optax import linen, nnx, plotting, selection
+    from l1inf_optax import bounds, linen, nnx, plotting, selection
 
 __all__ = [
     "ConstrainState",
@@ -27,6 +27,7 @@ __all__ = [
     "LayerDimensionNumbers",
     "LayerSparsity",
     "SparsityReport",
+    "bounds",
     "constrain",
     "convert_params",
     "keep_params_in_l1inf_ball",
@@ -40,7 +41,7 @@ __all__ = [
     "sparsity_report",
 ]
 
-_SUBMODULES = ("linen", "nnx", "plotting", "selection")
+_SUBMODULES = ("bounds", "linen", "nnx", "plotting", "selection")
 
 
 def __getattr__(name: str) -> Any:

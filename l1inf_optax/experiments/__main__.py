@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "regression": "high-dimensional regression with a 1000-300-1 network (Section 5.1, Table 1)",
     "cifar10": "images with a VGG-16 whose first windows are 21 x 21 (Section 5.3, Figure 4)",
     "select-c": "cross-validation of c, and of a c for each layer (Section 5.4, Figure 5)",
+    "bounds": "generalization errors of trained networks beside the theory (Theorems 2 and 3)",
     "optimizers": "optimizers and projections on the simulated data (Sections 5.1 and 5.2)",
 }
 
