@@ -255,7 +255,7 @@ def _parts(state: Any) -> Iterator[tuple[str, Any]]:
     name = type(state).__name__
     if not hasattr(state, "_fields"):
         if isinstance(state, dict | list | tuple):
-            for part in state.values() if isinstance(state, dict) else state:
+            for part in _sorted(state).values() if isinstance(state, dict) else state:
                 yield from _parts(part)
             return
         if jax.tree.leaves(state):
@@ -266,6 +266,11 @@ def _parts(state: Any) -> Iterator[tuple[str, Any]]:
     yield name, state
     if name in _WRAPPERS:
         yield from _parts(getattr(state, _WRAPPERS[name]))
+
+
+def _sorted(state: dict[Any, Any]) -> dict[Any, Any]:
+    """By key, as JAX sorts a dict wherever it takes one apart: of two states one may be fresh."""
+    return dict(sorted(state.items()))
 
 
 def _moments(state: Any, kind: str) -> list[Any]:
@@ -287,7 +292,8 @@ def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:
     name = type(state).__name__
     if not hasattr(state, "_fields"):
         if isinstance(state, dict):
-            return type(state)((k, _replaced(x, moments)) for k, x in state.items())
+            changed = {k: _replaced(x, moments) for k, x in _sorted(state).items()}
+            return type(state)(changed)
         if isinstance(state, list | tuple):
             return type(state)(_replaced(x, moments) for x in state)
         return state

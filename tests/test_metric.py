@@ -159,6 +159,9 @@ WRAPPED = {
     "inject_hyperparams": optax.inject_hyperparams(optax.adam)(learning_rate=0.02, b2=0.999),
     "masked": optax.masked(ADAM, {"layer": {"kernel": True, "bias": True}}),
     "partition": optax.partition({"a": ADAM, "b": ADAM}, {"layer": {"kernel": "a", "bias": "b"}}),
+    "unsorted_partition": optax.partition(
+        {"b": ADAM, "a": ADAM}, {"layer": {"kernel": "a", "bias": "b"}}
+    ),
     "MultiSteps": optax.MultiSteps(ADAM, 1).gradient_transformation(),
     "apply_if_finite": optax.apply_if_finite(ADAM, 3),
     "schedule": optax.adam(optax.constant_schedule(0.02)),

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from l1inf_optax import bounds, plotting
-from l1inf_optax.experiments import optimizers, options, regression, report, synthetic
+from l1inf_optax.experiments import classification, options, regression, report, synthetic
 from l1inf_optax.experiments.training import (
     Data,
     Lane,
@@ -49,7 +49,7 @@ DELTA = 0.05
 DEFAULTS: dict[str, Any] = {
     "trials": 5,
     "regression_epochs": 600,
-    "classification_epochs": 120,
+    "classification_epochs": 80,
     "seed": 1,
 }
 QUICK: dict[str, Any] = {"trials": 1, "regression_epochs": 50, "classification_epochs": 20}
@@ -66,7 +66,6 @@ class Study(NamedTuple):
         loss: the bounded loss, or the cross entropy: ``(outputs, y) -> (batch,)``.
         loss_name: what the axis says.
         input_bound: where inputs are clipped.
-        rate: the learning rate, if the task asks for one.
     """
 
     sample: Callable[[jax.Array], tuple[Data, Data]]
@@ -76,15 +75,12 @@ class Study(NamedTuple):
     loss: Metric
     loss_name: str
     input_bound: float
-    rate: float | None = None
 
 
 def _truncated_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.minimum(squared_error(outputs, y), TRUNCATION**2)
 
 
-# One entry for each experiment. The classification is trained as in the comparison of optimizers:
-# a recipe of its own, `make_task(steps)`, replaces that line and the rate.
 STUDIES = {
     "regression": Study(
         sample=synthetic.regression_trial,
@@ -97,13 +93,12 @@ STUDIES = {
     ),
     "classification": Study(
         sample=synthetic.classification_trial,
-        make_task=partial(optimizers.make_task, "classification", "adam", "constrain"),
-        batch_size=50,
-        c=(3.0, 1.0, 0.5, 0.3),
+        make_task=classification.make_task,
+        batch_size=classification.BATCH_SIZE,
+        c=(1.0, 0.5, 0.3, 0.1, 0.01),
         loss=optax.softmax_cross_entropy_with_integer_labels,
         loss_name="cross entropy",
         input_bound=4.0,
-        rate=0.03,
     ),
 }
 
@@ -142,7 +137,8 @@ def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[s
     keys = jax.random.split(jax.random.key(settings["seed"]), trials)
     clip = partial(jnp.clip, min=-study.input_bound, max=study.input_bound)
     train_data, test_data = ((clip(x), y) for x, y in jax.jit(jax.vmap(study.sample))(keys))
-    lanes = [Lane(t, c, study.rate) for t in range(trials) for c in study.c]
+    pairs = [(t, c) for t in range(trials) for c in study.c]
+    lanes = [Lane(t, c) for t, c in pairs]
     steps = epochs * steps_per_epoch(synthetic.SAMPLES, study.batch_size)
     task = study.make_task(steps)
     with report.training_bar(console, steps) as watch:
@@ -161,8 +157,10 @@ def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[s
         for data in (train_data, test_data)
     ]
     certificates = [
-        _certify(study, task, jax.tree.map(itemgetter(i), params), lane, train_data)
-        for i, lane in enumerate(lanes)
+        _certify(
+            study, task, jax.tree.map(itemgetter(i), params), c, train_data[0][t], train_data[1][t]
+        )
+        for i, (t, c) in enumerate(pairs)
     ]
     measured = {
         "train_risk": risks[0],
@@ -178,16 +176,15 @@ def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[s
 
 
 def _certify(
-    study: Study, task: Task, params: Params, lane: Lane, data: Data
+    study: Study, task: Task, params: Params, c: float, x: jax.Array, y: jax.Array
 ) -> bounds.Certificate:
     """The certificate of one network."""
-    x, y = (jnp.asarray(part)[lane.trial] for part in data)
     return bounds.certificate(
         params,
         x,
         y,
         apply=task.apply,
-        c={"hidden_*": lane.c},
+        c={"hidden_*": c},
         delta=DELTA,
         input_bound=study.input_bound,
         truncation=TRUNCATION,

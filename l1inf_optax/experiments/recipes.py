@@ -14,7 +14,7 @@ from l1inf_optax.experiments.training import Params
 
 
 def start_on_boundary(
-    params: Params, radius: ArrayLike, bias_share: float, readout: ArrayLike
+    params: Params, radius: ArrayLike, bias_share: ArrayLike, readout: ArrayLike
 ) -> Params:
     """Columns on the boundary of their ball, with a positive bias; a scaled readout.
 

@@ -17,38 +17,32 @@ layers.png to the output folder.
 import argparse
 import itertools
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import l1inf_optax as l1inf
 from l1inf_optax import plotting
-from l1inf_optax.experiments import options, recipes, regression, report, synthetic
+from l1inf_optax.experiments import classification, options, regression, report, synthetic
 from l1inf_optax.experiments.training import (
     Data,
     Lane,
-    Params,
-    Task,
     measure,
     right_percent,
     steps_per_epoch,
     train,
 )
-from l1inf_optax.linen import AugmentedMLP
 from l1inf_optax.selection import CrossValidation, cross_validate, search_layer_c
 
 DEFAULTS: dict[str, Any] = {
-    "c": [np.inf, 1.0, 0.5, 0.3, 0.22, 0.19, 0.16, 0.13, 0.1, 0.07, 0.04, 0.01],
-    "epochs": 120,
+    "c": list(classification.PAPER),
+    "epochs": 80,
     "regression_epochs": 600,
     "trials": 10,
     "rounds": 6,
@@ -64,7 +58,6 @@ QUICK: dict[str, Any] = {
     "candidates": 2,
 }
 FOLDS = 5
-BATCH_SIZE = 50
 FACTOR = 6.0  # each layer's c is sought from the best single c over it to the same times it
 
 HIDDEN = ("hidden_0", "hidden_1", "hidden_2")
@@ -150,39 +143,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"wrote results.json, figure_5.png and layers.png to {out}")
 
 
-@cache  # the training loop compiles once for each task it has not seen
-def make_task(steps: int) -> Task:
-    """The classification's network, loss and optimizer; c is one for all hidden layers or each."""
-    network = AugmentedMLP((100, 50, 20, 2))
-    first, fall = 3.0, max(1, round(0.5 * steps))
-
-    def by_layer(c: Any) -> Mapping[str, jax.Array]:
-        return c if isinstance(c, Mapping) else dict.fromkeys(HIDDEN, c)
-
-    def init(key: jax.Array, c: Any) -> Params:
-        radii = by_layer(c)
-        # The signal shrinks with c in every layer.
-        mean = jnp.exp(jnp.mean(jnp.log(jnp.stack([*radii.values()]))))
-        readout = jnp.maximum(3 / mean, 1.0)
-        layers = network.init(key, jnp.zeros((1, synthetic.CLASSIFICATION_INPUTS)))["params"]
-        started = {
-            name: recipes.start_on_boundary(layer, first * radii.get(name, 1.0), 0.2, readout)
-            for name, layer in layers.items()
-        }
-        return {"params": started}
-
-    def optimizer(c: Any) -> optax.GradientTransformation:
-        falling = {
-            name: recipes.falling_radius(radius, first, fall)
-            for name, radius in by_layer(c).items()
-        }
-        rate = recipes.warm_up_and_decay(0.03, 0.1, steps)
-        return l1inf.constrain(optax.adam(rate), {**falling, "readout": None}, hold_zeros_from=fall)
-
-    loss = optax.softmax_cross_entropy_with_integer_labels
-    return Task(init, network.apply, loss, optimizer)
-
-
 def _validate_regression(console: Console, settings: dict[str, Any]) -> CrossValidation:
     """Figure 5(b): scores of c on one trial's data."""
     console.print("regression, cross-validation")
@@ -208,7 +168,8 @@ def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Sele
     epochs, seed = settings["epochs"], settings["seed"]
     x, y = map(jnp.asarray, data)
     largest = max((c for c in settings["c"] if np.isfinite(c)), default=1.0)
-    steps = epochs * steps_per_epoch(synthetic.SAMPLES * (FOLDS - 1) // FOLDS, BATCH_SIZE)
+    kept = synthetic.SAMPLES * (FOLDS - 1) // FOLDS
+    steps = epochs * steps_per_epoch(kept, classification.BATCH_SIZE)
     total = settings["trials"] * (1 + settings["rounds"]) * steps
     taken = itertools.count(0, steps)
     with report.training_bar(console, total) as watch:
@@ -217,12 +178,12 @@ def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Sele
             def validate(candidates: Sequence[Mapping[str, float]]) -> CrossValidation:
                 before = next(taken)
                 return cross_validate(
-                    *make_task(steps),
+                    *classification.make_task(steps)[:4],
                     x[trial],
                     y[trial],
                     candidates,
                     epochs=epochs,
-                    batch_size=BATCH_SIZE,
+                    batch_size=classification.BATCH_SIZE,
                     cv=FOLDS,
                     score=right_percent,
                     seed=seed + trial,
@@ -257,15 +218,15 @@ def _refit(
     console.print("classification, training with what was chosen")
     lanes = [Lane(t, c) for t, selection in enumerate(selections) for c in selection.choices()]
     epochs = settings["epochs"]
-    steps = epochs * steps_per_epoch(synthetic.SAMPLES, BATCH_SIZE)
-    task = make_task(steps)
+    steps = epochs * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
+    task = classification.make_task(steps)
     with report.training_bar(console, steps) as watch:
         params = train(
             task,
             lanes,
             train_data,
             epochs=epochs,
-            batch_size=BATCH_SIZE,
+            batch_size=classification.BATCH_SIZE,
             seed=settings["seed"],
             lanes_at_once=2 * FOLDS,
             watch=watch,
