@@ -60,7 +60,8 @@ class Task(NamedTuple):
         loss: ``(outputs, y) -> (batch,)``; its mean is minimised.
         optimizer: ``c -> transformation``, which keeps the lane in its ball; called with
             ``(c, rate)`` where the lanes name their rates. Both are traced.
-        augment: ``(key, x) -> x``, what training makes of a minibatch's inputs; nothing by default.
+        augment: ``(key, x) -> x``, what training gives ``apply`` for a minibatch's inputs x; they
+            themselves by default.
             The key depends on the seed, the trial and the step, not on c.
         counted: ``params -> params``, those whose zeros are counted; all by default.
     """
@@ -69,7 +70,7 @@ class Task(NamedTuple):
     apply: Apply
     loss: Metric
     optimizer: Callable[..., optax.GradientTransformation]
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    augment: Callable[[jax.Array, jax.Array], Any] | None = None
     counted: Callable[[Params], Params] = lambda params: params
 
 

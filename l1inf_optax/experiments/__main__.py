@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "classification": "high-dimensional, with a 500-100-50-20-2 network (Section 5.2, Table 2)",
     "cifar10": "images with a VGG-16 whose first windows are 21 x 21 (Section 5.3, Figure 4)",
     "select-c": "cross-validation of c, and of a c for each layer (Section 5.4, Figure 5)",
+    "regularizers": "the ball beside L1, L2 and dropout on three data sets (Section 5.5, Table 3)",
     "bounds": "generalization errors of trained networks beside the theory (Theorems 2 and 3)",
     "optimizers": "optimizers and projections on the simulated data (Sections 5.1 and 5.2)",
 }

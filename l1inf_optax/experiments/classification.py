@@ -24,7 +24,7 @@ and a small c costs nothing:
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -41,16 +41,13 @@ import l1inf_optax as l1inf
 from l1inf_optax import plotting
 from l1inf_optax.experiments import options, recipes, report, synthetic
 from l1inf_optax.experiments.training import (
-    Data,
     Lane,
     Params,
-    Progress,
     Task,
-    evaluate,
     measure,
     right_percent,
     steps_per_epoch,
-    train,
+    train_best_starts,
 )
 from l1inf_optax.linen import AugmentedMLP
 
@@ -92,13 +89,7 @@ Radii = ArrayLike | Mapping[str, ArrayLike]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
-    parser.add_argument(
-        "--starts",
-        type=options.positive_int,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help=f"of which the lowest training error is kept (default: {DEFAULTS['starts']})",
-    )
+    options.add_starts_option(parser, DEFAULTS)
     options.add_output_option(parser, "results/classification")
 
 
@@ -119,9 +110,12 @@ def run(args: argparse.Namespace) -> None:
             task,
             [Lane(t, c) for t in range(trials) for c in radii],
             train_data,
-            epochs=settings["epochs"],
+            trials=trials,
             starts=settings["starts"],
+            epochs=settings["epochs"],
+            batch_size=BATCH_SIZE,
             seed=settings["seed"],
+            lanes_at_once=LANES_AT_ONCE,
             watch=watch,
         )
     kernels = np.asarray(params["params"]["hidden_0"]["augmented_kernel"])
@@ -205,47 +199,6 @@ def make_task(steps: int, hidden: tuple[int, ...] = HIDDEN) -> Task:
 
     loss = optax.softmax_cross_entropy_with_integer_labels
     return Task(init, network.apply, loss, optimizer)
-
-
-def train_best_starts(
-    task: Task,
-    lanes: Sequence[Lane],
-    data: Data,
-    *,
-    epochs: int,
-    starts: int,
-    seed: int,
-    watch: Callable[[Progress], None] | None = None,
-) -> tuple[list[Lane], Params]:
-    """Train every lane from several starts, and keep the network of the lowest training error.
-
-    Args:
-        task: what to train.
-        lanes: the networks wanted; their trials count the data sets.
-        data: the training data, a set for every trial.
-        epochs: passes over it.
-        starts: how many initial weights and orders of minibatches each lane is given.
-        seed: of them.
-        watch: hears of the training.
-
-    Returns:
-        The lanes kept, whose data sets are those of ``lanes``, and their stacked parameters.
-    """
-    sets = np.shape(data[1])[0]
-    tried = [lane._replace(trial=lane.trial + sets * s) for s in range(starts) for lane in lanes]
-    params = train(
-        task,
-        tried,
-        data,
-        epochs=epochs,
-        batch_size=BATCH_SIZE,
-        seed=seed,
-        lanes_at_once=LANES_AT_ONCE,
-        watch=watch,
-    ).params
-    errors = evaluate(task.apply, {"error": task.loss}, params, tried, data)["error"]
-    best = errors.reshape(starts, -1).argmin(axis=0) * len(lanes) + np.arange(len(lanes))
-    return [tried[i] for i in best], jax.tree.map(lambda leaf: leaf[best], params)
 
 
 def true_inputs(augmented_kernels: np.ndarray) -> np.ndarray:

@@ -94,24 +94,27 @@ def add_training_options(
         name = flag.removeprefix("--").replace("-", "_")
         if name not in defaults:
             return
-        default = defaults[name]
-        shown = " ".join(f"{c:g}" for c in default) if isinstance(default, list) else default
-        parser.add_argument(
-            flag, type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **more
-        )
+        text = f"{text} (default: {_shown(defaults[name])})"
+        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **more)
 
     add("--c", radius, "normalization constants; inf: no constraint", nargs="+", metavar="C")
     add("--epochs", positive_int, "passes over the training data", metavar="N")
     add("--batch-size", positive_int, "examples per minibatch", metavar="N")
     add("--trials", positive_int, "networks to train for every c", metavar="N")
     add("--seed", natural_int, "of everything random", metavar="N")
-    instead = ", ".join(
-        f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in value)}"
-        if isinstance(value, list)
-        else f"--{name.replace('_', '-')} {value}"
-        for name, value in quick.items()
-    )
+    instead = ", ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in quick.items())
     parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
+
+
+def add_starts_option(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
+    """How many starts to choose each network from: see `training.train_best_starts`."""
+    parser.add_argument(
+        "--starts",
+        type=positive_int,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help=f"of which the lowest training error is kept (default: {defaults['starts']})",
+    )
 
 
 def settings(
@@ -120,3 +123,9 @@ def settings(
     """The settings of a run: what was chosen, then what ``--quick`` asks, then the defaults."""
     chosen = {name: value for name, value in vars(args).items() if name in defaults}
     return {**defaults, **(quick if args.quick else {}), **chosen}
+
+
+def _shown(value: Any) -> str:
+    """As one would type it."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in values)

@@ -5,6 +5,7 @@ The loop's own names are here too, so that an experiment imports from one place.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ __all__ = [
     "squared_error",
     "steps_per_epoch",
     "train",
+    "train_best_starts",
 ]
 
 # What `--optimizer` may name: a function of the step size, itself a number or an Optax schedule.
@@ -51,6 +53,33 @@ OPTIMIZERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransform
     "momentum": partial(optax.sgd, momentum=0.9, nesterov=True),
     "adam": optax.adam,
 }
+
+
+def train_best_starts(
+    task: Task, lanes: Sequence[Lane], data: Data, *, trials: int, starts: int, **options: Any
+) -> tuple[list[Lane], Params]:
+    """Train every lane from several starts, and keep the network of the lowest training error.
+
+    Args:
+        task: what to train.
+        lanes: the networks wanted, of the trials below ``trials``.
+        data: what they train on, as for `train`: one set, or one for each trial.
+        trials: their number.
+        starts: how many initial weights and orders of minibatches each lane is given.
+        **options: those of `train`.
+
+    Returns:
+        The lanes kept, in the order of ``lanes``, and their stacked parameters. A lane's trial may
+        be another one of the same data set.
+    """
+    tried = [lane._replace(trial=lane.trial + trials * s) for s in range(starts) for lane in lanes]
+    params = train(task, tried, data, **options).params
+    if starts == 1:
+        return tried, params
+    size = options["batch_size"]
+    errors = evaluate(task.apply, {"error": task.loss}, params, tried, data, size)["error"]
+    best = errors.reshape(starts, -1).argmin(axis=0) * len(lanes) + np.arange(len(lanes))
+    return [tried[i] for i in best], jax.tree.map(lambda leaf: leaf[best], params)
 
 
 def evaluate(

@@ -13,7 +13,6 @@ import pytest
 import l1inf_optax as l1inf
 from l1inf_optax.experiments import classification
 from l1inf_optax.experiments.__main__ import main
-from l1inf_optax.experiments.training import Lane, Task, train
 from l1inf_optax.linen import AugmentedMLP
 
 STEPS = 20
@@ -62,36 +61,6 @@ def test_an_inputs_weight_is_its_sum_over_all_units():
     kernels[1, [2, 5]] = [[0.6, -0.6], [0, -1.1]]
     kernels[2, 4:8] = -1
     np.testing.assert_array_equal(classification.true_inputs(kernels), [4, 2, 1])
-
-
-# --- several starts -------------------------------------------------------------------------------
-
-
-def test_of_several_starts_that_of_the_lowest_training_error_is_kept():
-    data = (np.zeros((2, 10, 1), np.float32), np.array([[0] * 10, [1] * 10], np.float32))
-    task = Task(
-        init=lambda key, c: {"w": c * jax.random.normal(key, (1,))},
-        apply=lambda params, x: x[:, 0] + params["w"],
-        loss=lambda outputs, y: (outputs - y) ** 2,
-        optimizer=lambda c: optax.sgd(0.0),
-    )
-    wanted = [Lane(t, c) for t in range(2) for c in (1.0, 2.0)]
-
-    def best(starts):
-        return classification.train_best_starts(task, wanted, data, epochs=1, starts=starts, seed=0)
-
-    each = [[Lane(lane.trial + 2 * s, lane.c) for lane in wanted] for s in range(3)]
-    options = {"epochs": 1, "batch_size": 50, "seed": 0}
-    starts = [np.asarray(train(task, lanes, data, **options).params["w"]) for lanes in each]
-    errors = np.array(
-        [[(w[0] - lane.trial) ** 2 for w, lane in zip(s, wanted, strict=True)] for s in starts]
-    )
-    lanes, params = best(3)
-    chosen = errors.argmin(axis=0)
-    assert len(set(chosen)) > 1
-    assert lanes == [each[s][i] for i, s in enumerate(chosen)]
-    np.testing.assert_array_equal(params["w"], [starts[s][i] for i, s in enumerate(chosen)])
-    assert best(1)[0] == wanted
 
 
 # --- the recipe -----------------------------------------------------------------------------------

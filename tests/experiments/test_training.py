@@ -1,5 +1,6 @@
 """The columns of the paper's tables, and what else the experiments share."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +13,8 @@ from l1inf_optax.experiments.training import (
     measure,
     right_percent,
     shrink_into_ball,
+    train,
+    train_best_starts,
 )
 
 RNG = np.random.default_rng(1)
@@ -68,6 +71,34 @@ def test_only_the_parameters_counted_are_counted():
     got = measure(task, params, [Lane(0, np.inf)], SHARED, SHARED)
     np.testing.assert_allclose(got["sparsity"], [100 / 3], rtol=1e-6)
     np.testing.assert_allclose(got["sparsity_1e-3"], [200 / 3], rtol=1e-6)
+
+
+def test_of_several_starts_that_of_the_lowest_training_error_is_kept():
+    data = (np.zeros((2, 10, 1), np.float32), np.array([[0] * 10, [1] * 10], np.float32))
+    task = Task(
+        init=lambda key, c: {"w": c * jax.random.normal(key, (1,))},
+        apply=lambda params, x: x[:, 0] + params["w"],
+        loss=lambda outputs, y: (outputs - y) ** 2,
+        optimizer=lambda c: optax.sgd(0.0),
+    )
+    wanted = [Lane(t, c) for t in range(2) for c in (1.0, 2.0)]
+
+    options = {"epochs": 1, "batch_size": 50, "seed": 0}
+
+    def best(starts):
+        return train_best_starts(task, wanted, data, trials=2, starts=starts, **options)
+
+    each = [[Lane(lane.trial + 2 * s, lane.c) for lane in wanted] for s in range(3)]
+    starts = [np.asarray(train(task, lanes, data, **options).params["w"]) for lanes in each]
+    errors = np.array(
+        [[(w[0] - lane.trial) ** 2 for w, lane in zip(s, wanted, strict=True)] for s in starts]
+    )
+    lanes, params = best(3)
+    chosen = errors.argmin(axis=0)
+    assert len(set(chosen)) > 1
+    assert lanes == [each[s][i] for i, s in enumerate(chosen)]
+    np.testing.assert_array_equal(params["w"], [starts[s][i] for i, s in enumerate(chosen)])
+    assert best(1)[0] == wanted
 
 
 def test_the_largest_logit_is_the_answer():
