@@ -86,7 +86,7 @@ def add_training_options(
     Args:
         parser: the experiment's parser.
         defaults: the experiment's settings when an option is not given. Of c, epochs, batch_size,
-            trials and seed it has an option for those that are named here.
+            trials, starts and seed it has an option for those that are named here.
         quick: what ``--quick`` takes instead, of these.
     """
 
@@ -104,6 +104,7 @@ def add_training_options(
     add("--epochs", positive_int, "passes over the training data", metavar="N")
     add("--batch-size", positive_int, "examples per minibatch", metavar="N")
     add("--trials", positive_int, "networks to train for every c", metavar="N")
+    add("--starts", positive_int, "of which the lowest training error is kept", metavar="N")
     add("--seed", natural_int, "of everything random", metavar="N")
     instead = ", ".join(
         f"--{name.replace('_', '-')} {' '.join(f'{v:g}' for v in value)}"
