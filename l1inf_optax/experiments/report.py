@@ -20,6 +20,9 @@ from rich.table import Table
 from l1inf_optax.experiments import training
 
 COLUMNS = {
+    "samples": ("samples", "{:d}"),
+    "hidden_layers": ("hidden layers", "{:d}"),
+    "rate": ("rate", "{:g}"),
     "train_error": ("train err", "{:.3f}"),
     "test_error": ("test err", "{:.3f}"),
     "paper_test_error": ("(paper)", "{:.3f}"),
