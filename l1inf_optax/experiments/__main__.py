@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "regression": "high-dimensional regression with a 1000-300-1 network (Section 5.1, Table 1)",
     "classification": "high-dimensional, with a 500-100-50-20-2 network (Section 5.2, Table 2)",
     "sample-size": "the classification's errors against its number of samples (supplement)",
+    "depth": "the classification's errors against its number of hidden layers (supplement)",
     "step-size": "the classification's errors against the initial step size (supplement)",
     "cifar10": "images with a VGG-16 whose first windows are 21 x 21 (Section 5.3, Figure 4)",
     "select-c": "cross-validation of c, and of a c for each layer (Section 5.4, Figure 5)",
