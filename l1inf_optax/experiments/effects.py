@@ -134,6 +134,8 @@ def figure(
 ) -> Figure:
     """Means and standard deviations against what was varied: a panel a column, a line for each c.
 
+    Axes of errors are logarithmic: there a bar goes down to a tenth of the mean at most.
+
     Args:
         table: as `rows` makes it.
         name: what was varied.
