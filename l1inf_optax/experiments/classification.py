@@ -89,7 +89,6 @@ Radii = ArrayLike | Mapping[str, ArrayLike]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
-    options.add_starts_option(parser, DEFAULTS)
     options.add_output_option(parser, "results/classification")
 
 
@@ -150,7 +149,7 @@ def make_task(steps: int, hidden: tuple[int, ...] = HIDDEN) -> Task:
 
     Returns:
         The task. Its ``init`` and its ``optimizer`` take c, or a mapping with the c of each layer:
-        hidden_0, hidden_1 and so on.
+        hidden_0, hidden_1 and so on. Lanes may name a rate: it multiplies all learning rates.
     """
     network = AugmentedMLP((*hidden, 2))
     names = [f"hidden_{i}" for i in range(len(hidden))]
@@ -177,15 +176,15 @@ def make_task(steps: int, hidden: tuple[int, ...] = HIDDEN) -> Task:
         kernel = layers["readout"]["kernel"] * readout
         return {"params": started | {"readout": layers["readout"] | {"kernel": kernel}}}
 
-    def optimizer(c: Radii) -> optax.GradientTransformation:
+    def optimizer(c: Radii, factor: ArrayLike = 1.0) -> optax.GradientTransformation:
         radii = _by_layer(c, names)
         scales = _scales(radii)
         steppers = {
-            "readout": _adam(READOUT_RATE / scales.pop("readout"), steps),
-            "readout_bias": _adam(READOUT_BIAS_RATE, steps),
+            "readout": _adam(factor * READOUT_RATE / scales.pop("readout"), steps),
+            "readout_bias": _adam(factor * READOUT_BIAS_RATE, steps),
         }
         for name, scale in scales.items():
-            rate = rates[name] * jnp.where(jnp.isfinite(radii[name]), radii[name], FREE)
+            rate = factor * rates[name] * jnp.where(jnp.isfinite(radii[name]), radii[name], FREE)
             steppers[name] = optax.chain(_adam(rate, steps), _scale_biases(bias_rate[name] * scale))
         labels = {name: name for name in names} | {
             "readout": {"kernel": "readout", "bias": "readout_bias"}

@@ -86,7 +86,7 @@ def add_training_options(
     Args:
         parser: the experiment's parser.
         defaults: the experiment's settings when an option is not given. Of c, epochs, batch_size,
-            trials and seed it has an option for those that are named here.
+            trials, starts and seed it has an option for those that are named here.
         quick: what ``--quick`` takes instead, of these.
     """
 
@@ -101,20 +101,10 @@ def add_training_options(
     add("--epochs", positive_int, "passes over the training data", metavar="N")
     add("--batch-size", positive_int, "examples per minibatch", metavar="N")
     add("--trials", positive_int, "networks to train for every c", metavar="N")
+    add("--starts", positive_int, "of which the lowest training error is kept", metavar="N")
     add("--seed", natural_int, "of everything random", metavar="N")
     instead = ", ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in quick.items())
     parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
-
-
-def add_starts_option(parser: argparse.ArgumentParser, defaults: Mapping[str, Any]) -> None:
-    """How many starts to choose each network from: see `training.train_best_starts`."""
-    parser.add_argument(
-        "--starts",
-        type=positive_int,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help=f"of which the lowest training error is kept (default: {defaults['starts']})",
-    )
 
 
 def settings(

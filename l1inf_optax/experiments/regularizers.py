@@ -132,7 +132,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(PAPER)} (default: {' '.join(DEFAULTS['data_sets'])})",
     )
     options.add_training_options(parser, DEFAULTS, QUICK)
-    options.add_starts_option(parser, DEFAULTS)
     for name, what in {"mnist": "mnist.npz or a folder of IDX files", "cifar10": "images"}.items():
         parser.add_argument(
             f"--{name}",

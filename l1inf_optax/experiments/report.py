@@ -19,6 +19,12 @@ from rich.table import Table
 
 from l1inf_optax.experiments import training
 
+# What an experiment may vary beside c, and what it measures: name to heading and format.
+VARIED = {
+    "samples": ("samples", "{:d}"),
+    "hidden_layers": ("hidden layers", "{:d}"),
+    "rate": ("rate", "{:g}"),
+}
 COLUMNS = {
     "train_error": ("train err", "{:.3f}"),
     "test_error": ("test err", "{:.3f}"),
@@ -106,13 +112,14 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
 def _table(title: str, table: Sequence[Mapping[str, Any]], separator: str) -> Table:
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     out.add_column("c", justify="right")
-    names = [name for name in COLUMNS if any(name in row for row in table)]
+    columns = VARIED | COLUMNS
+    names = [name for name in columns if any(name in row for row in table)]
     for name in names:
-        out.add_column(COLUMNS[name][0], justify="right")
+        out.add_column(columns[name][0], justify="right")
     for row in table:
         cells = ["∞" if math.isinf(row["c"]) else f"{row['c']:g}"]
         for name in names:
-            number = COLUMNS[name][1].format
+            number = columns[name][1].format
             mean = number(row[name]) if name in row else ""
             has_spread = name in row["std"] and row["trials"] > 1
             cells.append(f"{mean}{separator}{number(row['std'][name])}" if has_spread else mean)

@@ -78,7 +78,8 @@ def train_best_starts(
         return tried, params
     size = options["batch_size"]
     errors = evaluate(task.apply, {"error": task.loss}, params, tried, data, size)["error"]
-    best = errors.reshape(starts, -1).argmin(axis=0) * len(lanes) + np.arange(len(lanes))
+    errors = np.nan_to_num(errors, nan=np.inf).reshape(starts, -1)  # one may have diverged
+    best = errors.argmin(axis=0) * len(lanes) + np.arange(len(lanes))
     return [tried[i] for i in best], jax.tree.map(lambda leaf: leaf[best], params)
 
 

@@ -90,16 +90,17 @@ def test_a_smaller_radius_hardly_changes_the_start_but_for_the_scale_of_the_laye
         scale *= radius
 
 
+@pytest.mark.parametrize("factor", [None, 0.125])  # of all rates, where a lane names one
 @pytest.mark.parametrize("c", [0.25, EVERYWHERE])
-def test_steps_are_in_proportion_to_what_they_move(c):
+def test_steps_are_in_proportion_to_what_they_move(c, factor):
     task = classification.make_task(STEPS)
     params = jax.tree.map(jnp.zeros_like, task.init(jax.random.key(0), c))  # inside every ball
     grads = jax.tree.map(lambda p: jnp.eye(*p.shape) if p.ndim == 2 else jnp.ones(p.shape), params)
-    tx = task.optimizer(c)
+    tx = task.optimizer(c) if factor is None else task.optimizer(c, factor)
     state = tx.init(params)
     for _ in range(3):  # after a tenth of the steps the rate is the highest
         updates, state = tx.update(grads, state, params)
-    steps = jax.tree.map(lambda u: -np.asarray(u), updates)["params"]
+    steps = jax.tree.map(lambda u: -np.asarray(u) / (factor or 1.0), updates)["params"]
     scale = 1.0
     for name in LAYERS:
         radius = c if isinstance(c, float) else c[name]

@@ -33,6 +33,14 @@ def test_the_table_prints_what_has_no_spread_as_it_is():
     assert inside == ["0.5", "30.000±26.458", "2.140"]
 
 
+def test_the_table_says_what_was_varied_beside_c():
+    out = Console(file=io.StringIO(), width=200)
+    report.print_table(out, "title", [{**row, "samples": 125} for row in ROWS])
+    lines = [line.split() for line in out.file.getvalue().splitlines() if line.strip()]
+    assert lines[1][:2] == ["c", "samples"]
+    assert [line[:2] for line in lines[-2:]] == [["∞", "125"], ["0.5", "125"]]
+
+
 def test_a_narrow_table_cuts_no_figure():
     wide = {name: 12.345 for name in report.COLUMNS if "accuracy" not in name}
     spread = {name: 1.234 for name in wide if "paper" not in name}
