@@ -42,6 +42,7 @@ from l1inf_optax.selection import CrossValidation, cross_validate, search_layer_
 
 DEFAULTS: dict[str, Any] = {
     "c": list(classification.PAPER),
+    "regression_c": list(regression.PAPER),
     "epochs": 80,
     "regression_epochs": 600,
     "trials": 10,
@@ -51,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {
     "c": [1.0, 0.5],
+    "regression_c": [1.0, 0.5],
     "epochs": 10,
     "regression_epochs": 20,
     "trials": 2,
@@ -84,6 +86,14 @@ class Selection(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
+    parser.add_argument(
+        "--regression-c",
+        nargs="+",
+        type=options.radius,
+        default=argparse.SUPPRESS,
+        metavar="C",
+        help="normalization constants of the regression (default: those of Table 1)",
+    )
     for flag, text in {
         "--regression-epochs": "steps of the regression, full batches",
         "--rounds": "rounds of the search for a c of each layer",
@@ -153,7 +163,7 @@ def _validate_regression(console: Console, settings: dict[str, Any]) -> CrossVal
             *regression.make_task(steps)[:4],
             x,
             y,
-            settings["c"],
+            settings["regression_c"],
             epochs=steps,
             batch_size=len(y),
             cv=FOLDS,

@@ -18,7 +18,23 @@ def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "select-c"
     counts = {"epochs": 2, "regression-epochs": 4, "trials": 2, "rounds": 1, "candidates": 2}
     arguments = [text for name, n in counts.items() for text in (f"--{name}", str(n))]
-    assert main(["select-c", "--c", "inf", "1", *arguments, "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "select-c",
+                "--c",
+                "inf",
+                "1",
+                "--regression-c",
+                "1",
+                "0.5",
+                *arguments,
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return json.loads((out / "results.json").read_text()), out
 
 
@@ -36,6 +52,7 @@ def test_the_json_has_every_score_and_what_was_chosen(result):
         assert trial["layered"]["best_c"] == trial["layered"]["c"][int(means.argmax())]
         assert sorted(trial["layered"]["best_c"]) == LAYERS
         assert all(0 <= score <= 100 for score in np.ravel(trial["single"]["scores"]))
+    assert document["regression"]["c"] == [1.0, 0.5]
     assert np.shape(document["regression"]["scores"]) == (2, 5)
     assert (np.array(document["regression"]["scores"]) < 0).all()
     assert str(out) not in json.dumps(document)
