@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import tree_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from l1inf_optax._projection import Arrays, Axes, check_radius, normalise_axes
 
@@ -91,16 +92,30 @@ class Layer(NamedTuple):
         return (*(x.reshape(shape) for x in bias), kernel)
 
     def zeros(self, leaves: Sequence[Any]) -> jax.Array:
-        """A zero for each column, float32 or, where the layer is, float64."""
+        """A zero for each column, float32 or, where the layer is, float64; sharded like columns."""
         dtypes = (leaves[i].dtype for i in (self.bias, self.kernel) if i is not None)
-        columns = tuple(n for i, n in enumerate(self.shape) if i not in self.reduction_axes)
-        return jnp.zeros(columns, jnp.result_type(jnp.float32, *dtypes))
+        columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
+        return jnp.zeros(
+            [self.shape[i] for i in columns],
+            jnp.result_type(jnp.float32, *dtypes),
+            device=_sharding_along(leaves[self.kernel], columns),
+        )
 
     def put(self, columns: Arrays, leaves: list[Any]) -> None:
         """Stores what :meth:`columns` gave, in the leaves' own shapes."""
         leaves[self.kernel] = columns[-1]
         if self.bias is not None:
             leaves[self.bias] = columns[0].reshape(jnp.shape(leaves[self.bias]))
+
+
+def _sharding_along(x: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """The part of an array's sharding that concerns some of its axes, where that is known."""
+    known = jax.typeof(x) if isinstance(x, jax.core.Tracer) else x
+    sharding = getattr(known, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not any(sharding.spec):
+        return None
+    spec = (*sharding.spec, *(None,) * (jnp.ndim(x) - len(sharding.spec)))
+    return NamedSharding(sharding.mesh, PartitionSpec(*(spec[i] for i in axes)))
 
 
 def flatten(tree: Any) -> tuple[list[Any], Any]:

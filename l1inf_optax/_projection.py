@@ -30,6 +30,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
+from l1inf_optax._sharding import Rows, columns_where_they_are
+
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
 Pair = tuple[jax.Array, jax.Array]
@@ -470,6 +472,34 @@ def _total(
     return total, jnp.where(jnp.abs(total) < jnp.inf, error, 0), *rest
 
 
+def _over_rows(sums: Arrays, c: jax.Array, rows: Rows) -> Arrays:
+    """What `_total` has found, added up over the devices that share a column.
+
+    In any order, and yet in doubled precision: what devices add up are multiples of a grid so
+    coarse that sums up to 4 c do not round, and, apart, what the grid leaves over. Larger sums
+    round; that far from c it does not matter.
+    """
+    if not rows.names:
+        return sums
+    total, error, *rest = sums
+    info = jnp.finfo(c.dtype)
+    near = total < 4 * c
+    grid = _power_of_two(_exponent(jnp.maximum(c, info.tiny)) + (2 - info.nmant))
+    coarse = jnp.where(near, jnp.floor(total / grid) * grid, total)
+    error = jnp.where(near, total - coarse, 0) + error
+    total, error, *rest = rows.sum((coarse, error, *rest))
+    total, error = _shift((total, jnp.zeros_like(total)), error)
+    return total, jnp.where(jnp.abs(total) < jnp.inf, error, 0), *rest
+
+
+def _unsure(total: jax.Array, c: jax.Array, rows: Rows) -> jax.Array:
+    """How far rounding may have taken what `_over_rows` adds up from the truth."""
+    if not rows.names:
+        return jnp.zeros_like(total)
+    rounding = rows.devices * float(jnp.finfo(c.dtype).eps)
+    return jnp.where(total > 2 * c, rounding * total, 2 * rounding**2 * c)
+
+
 def _in_stages(
     read: Callable[[], list[Arrays]],
     later: Sequence[Callable[[list[Arrays]], list[Arrays]]],
@@ -589,6 +619,7 @@ class _Columns(NamedTuple):
         outside: Columns known to be outside their ball.
         free: Columns without a constraint, c = inf.
         scaling: How the entries were scaled; None where they are the parts.
+        rows: The devices that hold the rest of the columns.
     """
 
     entries: Arrays
@@ -600,6 +631,7 @@ class _Columns(NamedTuple):
     outside: jax.Array
     free: jax.Array
     scaling: "_Scaling | None"
+    rows: Rows
 
     def magnitude(self, x: jax.Array) -> jax.Array:
         """The magnitudes of entries."""
@@ -675,18 +707,20 @@ def _slopes(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
     return tuple(jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
 
 
-def _columns(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: bool) -> _Columns:
+def _columns(
+    parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: bool, rows: Rows
+) -> _Columns:
     dtypes = tuple(part.dtype for part in parts)
     if plain:
         nothing, no = jnp.zeros_like(c[0]), jnp.zeros(c[0].shape, bool)
-        return _Columns(parts, slope, dtypes, c[0], c[1:], nothing, no, no, None)
+        return _Columns(parts, slope, dtypes, c[0], c[1:], nothing, no, no, None, rows)
     dtype = jnp.result_type(jnp.float32, *parts)
     info = jnp.finfo(dtype)
     head, *rest = [*_terms(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
     radius = jnp.clip(head, 0, info.max)  # a NaN stays one
     exponent = _exponent(jnp.maximum(radius, info.tiny))
     up = _scale(-exponent)
-    largest = _max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes)
+    largest = rows.max(_max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes))
     infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
     # A threshold's share of a weighted entry rounds with the entry: where the ball is small beside
     # it, better once than at every threshold.
@@ -702,12 +736,12 @@ def _columns(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: 
         slopes, tops = slope, ()
         a = tuple(_times(scaling.finite(x), unit) for x in parts)
         for _ in range(3):  # each leaves an error of eps times what was lowered
-            top, _ = _beside(a, slope, _times(radius, unit), axes)
+            top, _ = _beside(a, slope, _times(radius, unit), axes, rows)
             a = tuple(_over(x, (top, 0), g) for x, g in zip(a, slope, strict=True))
             tops = *tops, top
     scaling = scaling._replace(tops=tops)
     entries = tuple(map(scaling.magnitude, parts, slopes))
-    floor = -scaled if slope is None else _beside(entries, slope, scaled, axes)[0]
+    floor = -scaled if slope is None else _beside(entries, slope, scaled, axes, rows)[0]
     return _Columns(
         entries=entries,
         slope=slope,
@@ -718,6 +752,7 @@ def _columns(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, plain: 
         outside=infinite | far,
         free=jnp.isposinf(head),
         scaling=scaling,
+        rows=rows,
     )
 
 
@@ -772,13 +807,13 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     short = coarsest.eps > info.eps
     slack = (2 if short else 3) * float(coarsest.eps) * columns.c
     if short and columns.scaling is not None:
-        n = _length(columns.entries, axes)
+        n = _length(columns.entries, axes) * columns.rows.devices
         least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
         slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
 
     def beside() -> Pair:
         magnitudes = tuple(map(columns.magnitude, columns.entries))
-        return _beside(magnitudes, columns.slope, columns.c, axes)
+        return _beside(magnitudes, columns.slope, columns.c, axes, columns.rows)
 
     def unfinished(search: _Search) -> jax.Array:
         return jnp.any(search.known & _DONE == 0) & (search.passes < _PASSES)
@@ -872,15 +907,15 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     return search._replace(trial=trial, known=known)
 
 
-def _beside(a: Arrays, slope: Arrays | None, c: jax.Array, axes: Axes) -> Pair:
+def _beside(a: Arrays, slope: Arrays | None, c: jax.Array, axes: Axes, rows: Rows) -> Pair:
     """The largest threshold that leaves some magnitude at c: left of the root."""
     most = jnp.full_like(c, jnp.finfo(c.dtype).max)
     if slope is None:
-        top = _max(a, axes)
+        top = rows.max(_max(a, axes))
         beside = _shift((top, jnp.zeros_like(top)), -c)
     else:
         keys = ((x - c) / g for x, g in zip(a, slope, strict=True))
-        top = _max(tuple(keys), axes, initial=-float(jnp.finfo(c.dtype).max))
+        top = rows.max(_max(tuple(keys), axes, initial=-float(jnp.finfo(c.dtype).max)))
         beside = top - jnp.abs(top) * (4 * float(jnp.finfo(c.dtype).eps)), jnp.zeros_like(top)
     return _choose(top < jnp.inf, beside, (most, jnp.zeros_like(most)))
 
@@ -925,15 +960,16 @@ def _read(columns: _Columns, theta: Pair, axes: Axes) -> list[Arrays]:
 def _survivors(columns: _Columns, theta: Pair, axes: Axes, go: jax.Array) -> _Norm:
     """The norm at a threshold, in one pass over the entries; ``go`` is true."""
     eps = float(jnp.finfo(columns.c.dtype).eps)
-    total, error, slope = _total(
+    sums = _total(
         lambda: _read(columns, theta, axes),
         axes,
         go,
         first=lambda norm, slope: (norm, jnp.zeros_like(norm), slope),
     )
+    total, error, slope = _over_rows(sums, columns.c, columns.rows)
     # What rounds is the first fold; adding up k numbers rounds k - 1 times.
     steps = _FOLDS if columns.slope is not None else jnp.clip(slope - 1, 0, _FOLDS)
-    doubt = total * steps * (eps / 2 * (1 + 2.0**-8))
+    doubt = total * steps * (eps / 2 * (1 + 2.0**-8)) + _unsure(total, columns.c, columns.rows)
     return _Norm(total, (total - columns.c) + error, doubt, slope)
 
 
@@ -944,7 +980,8 @@ def _share(columns: _Columns, theta: jax.Array, axes: Axes) -> jax.Array:
 
     def share() -> jax.Array:
         ks = ((jnp.abs(x) == jnp.inf).sum(axes, keepdims=True) for x in columns.entries)
-        k = jnp.maximum(functools.reduce(jnp.add, ks), 1).astype(theta.dtype)
+        mine: jax.Array = functools.reduce(jnp.add, ks)
+        k = jnp.maximum(columns.rows.sum(mine), 1).astype(theta.dtype)
         whole = k == _power_of_two(_exponent(k))
         # Rounded down, so that k of them fit into c.
         return jnp.where(infinite, columns.c / k * jnp.where(whole, 1, 1 - info.eps), jnp.inf)
@@ -966,7 +1003,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
     """
     eps = float(jnp.finfo(columns.c.dtype).eps)
     unseen = _unseen(jnp.finfo(columns.c.dtype))
-    n = _length(columns.entries, axes)
+    n = _length(columns.entries, axes) * columns.rows.devices
     finer = min(2.0 ** math.ceil(math.log2(max(n, 1))) * eps / 2, 0.5)  # a grid to the last one
     last = min(eps**4, 2.0**-90)
     unit = _power_of_two(-_exponent(jnp.where(columns.c > 0, columns.c, 1)))
@@ -979,10 +1016,11 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         return [y for x in columns.entries for y in _fold(scaled, (x,), axes, _doubled)]
 
     go = jnp.any(doubtful)
-    total, error = _total(read, axes, go)
+    total, error = _over_rows(_total(read, axes, go), radius, columns.rows)
     c_rest = functools.reduce(jnp.add, (x * unit for x in columns.c_rest), jnp.zeros_like(error))
     depth = _FOLDS * math.log(max(n, _SLICES), _SLICES) + _FEW
     excess, doubt = (total - radius) + (error - c_rest), (depth * eps) ** 2 * total
+    doubt += _unsure(total, radius, columns.rows)
     inside = doubtful & (excess + doubt <= unseen)
     doubtful &= ~inside & (excess - doubt <= unseen)
 
@@ -1003,7 +1041,7 @@ def _inside(columns: _Columns, doubtful: jax.Array, axes: Axes) -> jax.Array:
         entries, known = lax.optimization_barrier((columns.entries, known))
         for x in entries:
             bits = layer(jnp.minimum(columns.magnitude(x) * unit, 4))
-            known = known + bits.sum(axes, keepdims=True)
+            known = known + columns.rows.sum(bits.sum(axes, keepdims=True))
         rest = (layer(x * unit) for x in columns.c_rest)
         return functools.reduce(jnp.subtract, rest, known), next_grid, jnp.full_like(ratio, finer)
 
@@ -1162,10 +1200,36 @@ Solution = tuple[Projected, ...]  # thresholds with ``axes`` kept
 def _solve(
     layers: tuple[Layer, ...], make: Callable[..., Arrays], axes: Axes, method: str, plain: bool
 ) -> Solution:
-    if len(layers) == 1:
+    def on_device(layers: tuple[Layer, ...], rows: Rows) -> Solution:
+        split = [part.shape == matrix.shape for part in parts]
+        solutions = _solve_on_device(layers, make, axes, method, plain, rows, split)
+        return tuple(
+            solved._replace(passes=jnp.broadcast_to(solved.passes, solved.threshold.shape))
+            for solved in solutions
+        )
+
+    parts = jax.eval_shape(make, *layers[0][0])
+    matrix = max(parts, key=lambda part: part.size)
+    solutions = columns_where_they_are(
+        on_device, layers, matrix.shape, axes, split_rows=method != "sort"
+    )
+    return tuple(solved._replace(passes=jnp.max(solved.passes, initial=0)) for solved in solutions)
+
+
+def _solve_on_device(
+    layers: tuple[Layer, ...],
+    make: Callable[..., Arrays],
+    axes: Axes,
+    method: str,
+    plain: bool,
+    rows: Rows,
+    split: Sequence[bool],
+) -> Solution:
+    """What one device has to do; ``split`` says of which parts it holds only some rows."""
+    if len(layers) == 1 and not rows.names:
         ((operands, slope, (start, *c)),) = layers
         parts = make(*operands)
-        columns = _columns(parts, tuple(c), slope, axes, plain)
+        columns = _columns(parts, tuple(c), slope, axes, plain, rows)
         entries = tuple(map(columns.magnitude, columns.entries))
         return (_solution(parts, entries, columns.slope, _find(columns, start, axes, method)),)
 
@@ -1182,20 +1246,27 @@ def _solve(
     def find(i: jax.Array) -> _Found:
         start, *c = (lax.dynamic_index_in_dim(x, i, keepdims=False) for x in by_column)
         parts, slope = lax.switch(i, [functools.partial(made, *layer) for layer in layers])
-        return _find(_columns(parts, tuple(c), slope, axes, plain), start, axes, method)
+        if rows.names:  # parts that all devices hold count once
+            mine = rows.is_first()
+            parts = tuple(
+                x if own else jnp.where(mine, x, 0) for x, own in zip(parts, split, strict=True)
+            )
+        return _find(_columns(parts, tuple(c), slope, axes, plain, rows), start, axes, method)
 
     form = jax.eval_shape(find, jax.ShapeDtypeStruct((), jnp.int32))
 
     def turn(i: jax.Array, queue: Arrays) -> Arrays:
         leaves = jax.tree.leaves(find(i.astype(jnp.int32)))
-        rows = [jnp.broadcast_to(x, form.threshold.shape) for x in leaves]
-        return *queue[1:], jnp.stack([x.astype(form.threshold.dtype) for x in rows])
+        values = [jnp.broadcast_to(x, form.threshold.shape) for x in leaves]
+        return *queue[1:], jnp.stack([x.astype(form.threshold.dtype) for x in values])
 
     empty = jnp.zeros((len(jax.tree.leaves(form)), *form.threshold.shape), form.threshold.dtype)
     queue = lax.fori_loop(0, len(layers), turn, (empty,) * len(layers))
     solutions = []
-    for layer, rows in zip(layers, queue, strict=True):
-        leaves = (x.astype(like.dtype) for x, like in zip(rows, jax.tree.leaves(form), strict=True))
+    for layer, values in zip(layers, queue, strict=True):
+        leaves = (
+            x.astype(like.dtype) for x, like in zip(values, jax.tree.leaves(form), strict=True)
+        )
         found = jax.tree.unflatten(jax.tree.structure(form), leaves)
         found = found._replace(passes=jnp.max(found.passes, initial=0))
         parts, slope = made(*layer)

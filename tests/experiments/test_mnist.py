@@ -1,6 +1,7 @@
 """The command from its arguments to the files it writes, on digits small enough to be quick."""
 
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -114,6 +115,24 @@ def test_the_figures_are_written_and_not_blank(result):
 def test_the_same_seed_gives_the_same_rows(result, digits, tmp_path):
     document, _ = result
     assert run(digits, tmp_path)["rows"] == document["rows"]
+
+
+def test_a_run_with_checkpoints_goes_on_by_itself(digits, tmp_path):
+    few = ["--epochs", "40", "--trials", "1", "--c", "0.5"]  # three compiled calls
+    expected = run(digits, tmp_path / "plain", *few)
+    folder = tmp_path / "checkpoints"
+    for out in ("first", "second"):
+        document = run(digits, tmp_path / out, *few, "--checkpoint", str(folder))
+        assert document == expected
+        *before, last = sorted((p for p in folder.iterdir() if p.name.isdigit()), key=step_of)
+        assert [step_of(p) for p in before] == [96, 192]
+        shutil.rmtree(last)
+    with pytest.raises(SystemExit):
+        run(digits, tmp_path / "other", *few, "--seed", "1", "--checkpoint", str(folder))
+
+
+def step_of(path):
+    return int(path.name)
 
 
 def test_another_seed_gives_other_rows_in_the_papers_columns(result, digits, tmp_path, capsys):

@@ -1,0 +1,243 @@
+"""A training that is stopped goes on from its checkpoints as if it had never stopped."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import l1inf_optax as l1inf
+from l1inf_optax.experiments.checkpoints import open_checkpoints
+from l1inf_optax.experiments.options import OptionError
+from l1inf_optax.experiments.training import Lane, Snapshot, Task, train
+
+RUN = {"name": "test", "c": [0.5, float("inf")]}
+D = 6
+X = np.random.default_rng(0).normal(size=(20, D)).astype(np.float32)
+Y = (X @ np.arange(D)).astype(np.float32)
+# A schedule of the step size, thresholds and a radius that shrinks: all of it has to come back.
+TASK = Task(
+    init=lambda key, c: {"hidden": {"kernel": jax.random.normal(key, (D, 4))}, "out": jnp.ones(4)},
+    apply=lambda params, x: jax.nn.relu(x @ params["hidden"]["kernel"]) @ params["out"],
+    loss=lambda outputs, y: (outputs - y) ** 2,
+    optimizer=lambda c: l1inf.constrain(
+        optax.adam(optax.cosine_decay_schedule(0.05, 30)),
+        lambda step: c * 4 ** (1 - jnp.minimum(step / 20, 1.0)),
+    ),
+)
+LANES = [Lane(0, 0.5), Lane(0, np.inf), Lane(1, 0.5)]
+OPTIONS = {"epochs": 6, "batch_size": 4, "seed": 3, "steps_per_call": 5}
+
+
+def run(**more):
+    return train(TASK, LANES, (X[None], Y[None]), **OPTIONS, **more)
+
+
+def run_with(folder, **more):
+    """A run that keeps its state; what it ends with."""
+    with open_checkpoints(folder, RUN, **more) as (resume, keep):
+        return run(resume=resume, keep=keep)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(folder, calls, **more):
+    """A run that ends in the middle, after so many calls of this process."""
+    with open_checkpoints(folder, RUN, **more) as (resume, keep):
+        done = 0
+
+        def counted(snapshot):
+            nonlocal done
+            keep(snapshot)
+            done += 1
+            if done == calls:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            run(resume=resume, keep=counted)
+
+
+def assert_same(got, expected):
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+    assert len(got.history) == len(expected.history)
+    for one, other in zip(got.history, expected.history, strict=True):
+        assert one.step == other.step
+        np.testing.assert_array_equal(one.loss, other.loss)
+        np.testing.assert_array_equal(one.sparsity, other.sparsity)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    return run()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_run_that_goes_on_is_the_uninterrupted_run(uninterrupted, tmp_path, asynchronous):
+    for calls in (2, 1):
+        stop_after(tmp_path, calls, asynchronous=asynchronous)
+    assert_same(run_with(tmp_path, asynchronous=asynchronous), uninterrupted)
+    assert_same(run_with(tmp_path, asynchronous=asynchronous), uninterrupted)  # nothing is left
+
+
+def damage_by_truncation(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damage_by_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+# Orbax forgets the other reads when one fails, and they complain when they end.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
+    uninterrupted, tmp_path, damage
+):
+    whole = tmp_path / "whole"
+    stop_after(whole, 3, asynchronous=False)
+    files = [p.relative_to(whole) for p in (whole / "15").rglob("*") if p.stat().st_size]
+    data = [p for p in files if "/d/" in p.as_posix() or p.name == "metadata"]
+    assert data
+    for i, path in enumerate(data):
+        folder = tmp_path / str(i)
+        shutil.copytree(whole, folder)
+        damage(folder / path)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with open_checkpoints(folder, RUN, asynchronous=False) as (resume, keep):
+                assert len(resume.history) == (2 if caught else 3)
+                if i == 0 or not caught:  # bytes that nothing reads may change
+                    assert_same(run(resume=resume, keep=keep), uninterrupted)
+        if caught:
+            assert "step 15 is damaged and will not be used" in str(caught[0].message)
+
+
+def test_a_forged_array_is_refused(tmp_path, monkeypatch):
+    stop_after(tmp_path, 1)
+    with open_checkpoints(tmp_path, RUN, asynchronous=False) as (resume, keep):
+        forged = Snapshot([leaf + 1 for leaf in resume.state], resume.history)
+        forged.history[-1] = forged.history[-1]._replace(step=10)
+        monkeypatch.setattr("l1inf_optax.experiments.checkpoints._hash", lambda *_: "of others")
+        keep(forged)
+    monkeypatch.undo()
+    with (
+        pytest.warns(UserWarning, match="step 10 is damaged .* not those that were saved"),
+        open_checkpoints(tmp_path, RUN) as (resume, _),
+    ):
+        assert resume.history[-1].step == 5
+
+
+def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path):
+    stop_after(tmp_path, 1)
+    for path in tmp_path.rglob("metadata"):
+        path.write_text("{")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(OptionError, match="no checkpoint that can be read"),
+        open_checkpoints(tmp_path, RUN),
+    ):
+        pass
+
+
+def test_checkpoints_of_another_run_are_an_error(tmp_path):
+    stop_after(tmp_path, 1)
+    with (
+        pytest.raises(OptionError, match="of a run with another c; name another folder"),
+        open_checkpoints(tmp_path, {**RUN, "c": [0.5]}),
+    ):
+        pass
+
+
+def test_a_snapshot_of_other_lanes_is_an_error():
+    snapshots = []
+    run(keep=snapshots.append)
+    with pytest.raises(ValueError, match="resume with the arguments that it was kept with"):
+        train(TASK, LANES[:2], (X[None], Y[None]), **OPTIONS, resume=snapshots[0])
+
+
+def process(folder, out, devices=1):
+    """The run, in a process of its own."""
+    program = (
+        "import sys, pathlib, jax, numpy as np\n"
+        "from tests.experiments.test_checkpoints import run_with\n"
+        "got = run_with(pathlib.Path(sys.argv[1]))\n"
+        "leaves = jax.tree.leaves((got.params, got.history))\n"
+        "np.savez(sys.argv[2], *map(np.asarray, leaves))\n"
+    )
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, folder, out],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        cwd=Path(__file__).parents[2],
+    )
+
+
+def assert_saved(out, expected, **tolerance):
+    saved = np.load(out)
+    leaves = jax.tree.leaves((expected.params, expected.history))
+    assert len(saved.files) == len(leaves)
+    for name, leaf in zip(saved.files, leaves, strict=True):
+        np.testing.assert_allclose(saved[name], leaf, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
+    stop_after(tmp_path / "checkpoints", 3)
+    assert process(tmp_path / "checkpoints", tmp_path / "out.npz", devices=2).wait() == 0
+    # Programs for other numbers of devices round differently.
+    assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-4, atol=1e-6)
+
+
+def test_killing_a_run_at_any_time_changes_nothing(uninterrupted, tmp_path):
+    kill_and_compare(uninterrupted, tmp_path, kills=2)
+
+
+def kill_and_compare(uninterrupted, folder, kills):
+    """A run that is killed so many times, soon after it has begun to write; then it may end.
+
+    If it ends before that, another one starts.
+    """
+    rng, out, checkpoints = random.Random(0), folder / "out.npz", folder / "checkpoints"
+    killed = 0
+    while True:
+        before = listing(checkpoints)
+        running = process(checkpoints, out)
+        while killed < kills and running.poll() is None:
+            time.sleep(0.01)
+            if listing(checkpoints) != before:
+                time.sleep(rng.uniform(0, 0.3))
+                running.send_signal(signal.SIGKILL)
+                killed += running.wait() == -signal.SIGKILL
+        if running.wait() == -signal.SIGKILL:
+            continue
+        assert running.returncode == 0
+        assert_saved(out, uninterrupted)
+        if killed == kills:
+            return
+        shutil.rmtree(checkpoints)
+
+
+def listing(folder):
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    kills = int(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        kill_and_compare(run(), Path(folder), kills)
+    print(f"killed {kills} times: every run ended with the bits of the uninterrupted one")
