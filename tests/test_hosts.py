@@ -3,7 +3,6 @@
 Each runs ``python -m tests.test_hosts COORDINATOR PROCESSES PROCESS DIR``.
 """
 
-import os
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import l1inf_optax as l1inf
+from tests import devices
 
 # Columns of the first layer lie on all devices, so do rows of the second.
 SPECS = {
@@ -63,12 +63,11 @@ def test_two_processes_train_what_one_trains(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.test_hosts", coordinator, "2", str(i), str(tmp_path)],
-            env={**os.environ, **flags},
-            cwd=Path(__file__).parents[1],
+            env=devices.environment(2),
+            cwd=devices.ROOT,
         )
         for i in range(2)
     ]

@@ -2,9 +2,6 @@
 
 import doctest
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 import l1inf_optax as l1inf
 from l1inf_optax.selection import CrossValidation, cross_validate, search_layer_c
+from tests import devices
 
 RNG = np.random.default_rng(3)
 N, D = 60, 30
@@ -175,20 +173,13 @@ def test_the_seed_decides_everything():
 
 def test_many_devices_change_nothing(tmp_path):
     expected = validate_light(epochs=3, batch_size=10)
-    script = tmp_path / "validate.py"
-    script.write_text(
+    program = (
         "import jax, numpy, sys\n"
         "from tests.test_selection import *\n"
         "assert jax.device_count() == 3\n"
         "numpy.save(sys.argv[1], validate_light(epochs=3, batch_size=10).scores)\n"
     )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
-    root = str(Path(__file__).parents[1])
-    subprocess.run(
-        [sys.executable, script, tmp_path / "scores.npy"],
-        env={**os.environ, **flags, "PYTHONPATH": root},
-        check=True,
-    )
+    devices.run(program, 3, tmp_path / "scores.npy")
     np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected.scores, rtol=1e-6)
 
 

@@ -1,10 +1,5 @@
 """The training loop against networks trained one at a time by a plain Python loop."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +8,7 @@ import pytest
 
 from l1inf_optax._training import Lane, Task, share_of_zeros, train
 from l1inf_optax.experiments.training import evaluate
+from tests import devices
 
 RNG = np.random.default_rng(1)
 N, D = 20, 3
@@ -56,8 +52,7 @@ def test_every_lane_equals_the_same_lane_trained_alone():
 
 def test_lanes_on_many_devices_equal_those_on_one(tmp_path):
     expected = train(TASK, LANES, SHARED, **OPTIONS)
-    script = tmp_path / "train.py"
-    script.write_text(
+    program = (
         "import jax, numpy, sys\n"
         "from tests.test_training import *\n"
         "assert jax.device_count() == 3\n"
@@ -65,13 +60,7 @@ def test_lanes_on_many_devices_equal_those_on_one(tmp_path):
         "losses = [p.loss for p in got.history]\n"
         "numpy.savez(sys.argv[1], w=got.params['w'], losses=losses)\n"
     )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=3", "JAX_PLATFORMS": "cpu"}
-    root = str(Path(__file__).parents[1])
-    subprocess.run(
-        [sys.executable, script, tmp_path / "got.npz"],
-        env={**os.environ, **flags, "PYTHONPATH": root},
-        check=True,
-    )
+    devices.run(program, 3, tmp_path / "got.npz")
     got = np.load(tmp_path / "got.npz")
     np.testing.assert_array_equal(got["w"], expected.params["w"])
     np.testing.assert_array_equal(got["losses"], [p.loss for p in expected.history])

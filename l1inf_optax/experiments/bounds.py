@@ -32,7 +32,6 @@ from rich.table import Table
 from l1inf_optax import bounds, plotting
 from l1inf_optax.experiments import classification, options, regression, report, synthetic
 from l1inf_optax.experiments.training import (
-    Data,
     Lane,
     Metric,
     Params,
@@ -68,7 +67,7 @@ class Study(NamedTuple):
         input_bound: where inputs are clipped.
     """
 
-    sample: Callable[[jax.Array], tuple[Data, Data]]
+    sample: Callable[[jax.Array], synthetic.Trial]
     make_task: Callable[[int], Task]
     batch_size: int
     c: Sequence[float]
@@ -107,12 +106,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
     for name in STUDIES:
-        parser.add_argument(
-            f"--{name}-epochs",
-            type=options.positive_int,
-            default=argparse.SUPPRESS,
-            metavar="N",
-            help=f"passes over the data of the {name} (default: {DEFAULTS[f'{name}_epochs']})",
+        text = f"passes over the data of the {name}"
+        options.add_option(
+            parser, DEFAULTS, f"--{name}-epochs", text, type=options.positive_int, metavar="N"
         )
     options.add_output_option(parser, "results/bounds")
 
@@ -134,9 +130,10 @@ def run(args: argparse.Namespace) -> None:
 def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
     """Networks of every c and trial: a row for every c."""
     study, trials, epochs = STUDIES[name], settings["trials"], settings[f"{name}_epochs"]
-    keys = jax.random.split(jax.random.key(settings["seed"]), trials)
     clip = partial(jnp.clip, min=-study.input_bound, max=study.input_bound)
-    train_data, test_data = ((clip(x), y) for x, y in jax.jit(jax.vmap(study.sample))(keys))
+    train_data, test_data = (
+        (clip(x), y) for x, y in synthetic.trials(study.sample, settings["seed"], trials)
+    )
     pairs = [(t, c) for t in range(trials) for c in study.c]
     lanes = [Lane(t, c) for t, c in pairs]
     steps = epochs * steps_per_epoch(synthetic.SAMPLES, study.batch_size)

@@ -41,8 +41,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import l1inf_optax as l1inf
-from l1inf_optax import plotting
-from l1inf_optax.experiments import options, recipes, report
+from l1inf_optax.experiments import figures, options, recipes, report
 from l1inf_optax.experiments.cifar_data import SHAPE, load_cifar10
 from l1inf_optax.experiments.data import CLASSES
 from l1inf_optax.experiments.training import (
@@ -265,9 +264,7 @@ def run(args: argparse.Namespace) -> None:
         device=report.device(),
         training_seconds=round(seconds, 1),
     )
-    _figure(radii, {name: v.reshape(trials, -1) for name, v in measured.items()}).savefig(
-        out / "trials.png", dpi=150
-    )
+    _figure(radii, measured).savefig(out / "trials.png", dpi=150)
     console.print(f"wrote results.json and trials.png to {out}")
 
 
@@ -323,10 +320,7 @@ def constrained_layers(params: Params) -> Params:
 
 def _figure(radii: list[float], measured: dict[str, np.ndarray]) -> Figure:
     """Figure 4: generalization error and sparsity over the trials, for every c."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    error = "generalization error (cross entropy)"
-    plotting.plot_trials(radii, measured["generalization_error"], left, label=error)
     zeros = "exact zeros in constrained layers (%)"
-    plotting.plot_trials(radii, measured["sparsity"], right, label=zeros)
-    return figure
+    return figures.trials_figure(
+        radii, measured, error="cross entropy", zeros=zeros, scale="linear"
+    )

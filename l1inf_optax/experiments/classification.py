@@ -39,7 +39,7 @@ from rich.console import Console
 
 import l1inf_optax as l1inf
 from l1inf_optax import plotting
-from l1inf_optax.experiments import options, recipes, report, synthetic
+from l1inf_optax.experiments import figures, options, recipes, report, synthetic
 from l1inf_optax.experiments.training import (
     Lane,
     Params,
@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> None:
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
     radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
-    keys = jax.random.split(jax.random.key(settings["seed"]), trials)
-    train_data, test_data = jax.jit(jax.vmap(synthetic.classification_trial))(keys)
+    train_data, test_data = synthetic.trials(
+        synthetic.classification_trial, settings["seed"], trials
+    )
 
     steps = settings["epochs"] * steps_per_epoch(synthetic.SAMPLES, BATCH_SIZE)
     task = make_task(steps)
@@ -121,7 +122,10 @@ def run(args: argparse.Namespace) -> None:
     measured = measure(task, params, lanes, train_data, test_data, test_accuracy=right_percent) | {
         "true_inputs": true_inputs(kernels)
     }
-    table = [_beside_the_paper(row) for row in report.rows(lanes, measured)]
+    table = [
+        report.beside_the_paper(row, PAPER, "test_accuracy", "sparsity")
+        for row in report.rows(lanes, measured)
+    ]
 
     report.print_table(console, f"500-100-50-20-2, {trials} trials, cross entropy", table)
     best = max(range(len(radii)), key=lambda i: table[i]["test_accuracy"])
@@ -132,8 +136,9 @@ def run(args: argparse.Namespace) -> None:
         "them on average"
     )
     report.write_json(out / "results.json", "classification", settings, table)
-    by_trial = {name: values.reshape(trials, -1) for name, values in measured.items()}
-    _trials_figure(radii, by_trial).savefig(out / "trials.png", dpi=150)
+    figures.trials_figure(radii, measured, error="cross entropy").savefig(
+        out / "trials.png", dpi=150
+    )
     shown = dict.fromkeys((len(radii) - 1 if best == 0 else 0, best))  # of the first trial
     _weights_figure({radii[i]: kernels[i] for i in shown}).savefig(out / "weights.png", dpi=150)
     console.print(f"wrote results.json, trials.png and weights.png to {out}")
@@ -244,24 +249,6 @@ def _scale_biases(factor: jax.Array) -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u.at[0].multiply(factor.astype(u.dtype)), updates)
 
     return optax.stateless(scale)
-
-
-def _beside_the_paper(row: dict[str, Any]) -> dict[str, Any]:
-    if row["c"] not in PAPER:
-        return row
-    accuracy, sparsity = PAPER[row["c"]]
-    return {**row, "paper_test_accuracy": accuracy, "paper_sparsity": sparsity}
-
-
-def _trials_figure(radii: Sequence[float], measured: Mapping[str, np.ndarray]) -> Figure:
-    """Figure 2: generalization error and sparsity over the trials, for every c."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    error = "generalization error (cross entropy)"
-    plotting.plot_trials(radii, measured["generalization_error"], left, label=error)
-    left.set_yscale("log")
-    plotting.plot_trials(radii, measured["sparsity"], right, label="exact zeros (%)")
-    return figure
 
 
 def _weights_figure(kernels: Mapping[float, np.ndarray]) -> Figure:

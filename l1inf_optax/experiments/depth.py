@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> None:
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
     trials = settings["trials"]
-    train_data, test_data = effects.trials_data(settings["seed"], trials)
+    train_data, test_data = synthetic.trials(
+        synthetic.classification_trial, settings["seed"], trials
+    )
     lanes = [Lane(t, c) for t in range(trials) for c in dict.fromkeys(settings["c"])]
     steps = settings["epochs"] * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +17,7 @@ from matplotlib.ticker import NullLocator
 from rich.console import Console
 
 from l1inf_optax import plotting
-from l1inf_optax.experiments import classification, options, report, synthetic
+from l1inf_optax.experiments import classification, options, report
 from l1inf_optax.experiments.training import (
     Data,
     Lane,
@@ -62,22 +61,8 @@ def add_arguments(
         defaults: the settings.
         quick: what ``--quick`` takes instead.
     """
-    shown = " ".join(f"{value:g}" for value in defaults[name])
-    parser.add_argument(
-        f"--{name}",
-        nargs="+",
-        type=kind,
-        default=argparse.SUPPRESS,
-        metavar="X",
-        help=f"{text} (default: {shown})",
-    )
+    options.add_option(parser, defaults, f"--{name}", text, nargs="+", type=kind, metavar="X")
     options.add_training_options(parser, defaults, quick)
-
-
-def trials_data(seed: int, trials: int) -> tuple[Data, Data]:
-    """Section 5.2's training and test data, a set for each trial."""
-    keys = jax.random.split(jax.random.key(seed), trials)
-    return jax.jit(jax.vmap(synthetic.classification_trial))(keys)
 
 
 def train_and_measure(

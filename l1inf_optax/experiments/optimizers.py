@@ -129,7 +129,7 @@ class Problem(NamedTuple):
     network: AugmentedMLP
     inputs: int
     c: tuple[float, ...]
-    sample: Callable[[jax.Array], Split]
+    sample: Callable[[jax.Array], synthetic.Trial]
     loss: Metric
     error: Metric
     error_name: str
@@ -175,13 +175,7 @@ PROBLEMS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-
-    def add(flag: str, text: str, **more: Any) -> None:
-        default = DEFAULTS[flag.removeprefix("--").replace("-", "_")]
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        text = f"{text} (default: {shown})"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **more)
-
+    add = partial(options.add_option, parser, DEFAULTS)
     count = {"type": options.positive_int, "metavar": "N"}
     add("--optimizers", "what to compare", nargs="+", choices=OPTIMIZERS, metavar="NAME")
     add("--rates", "learning rates", nargs="+", type=options.positive_float, metavar="R")
@@ -250,8 +244,7 @@ def make_task(problem_name: str, optimizer_name: str, projection: str, steps: in
 def _all_data(problem: Problem, settings: dict[str, Any]) -> Split:
     """A data set for every trial; those of the selection come last."""
     trials = settings["trials"] + settings["selection_trials"]
-    key = jax.random.key(settings["seed"])
-    return jax.jit(jax.vmap(problem.sample))(jax.random.split(key, trials))
+    return synthetic.trials(problem.sample, settings["seed"], trials)
 
 
 def _compare(

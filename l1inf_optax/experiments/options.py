@@ -84,13 +84,33 @@ def make_folder(name: str, option: str = "--out") -> Path:
     return path
 
 
+def add_option(
+    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, Any],
+    flag: str,
+    text: str,
+    **more: Any,
+) -> None:
+    """An option that stays absent from the namespace if it is not given.
+
+    So `settings` can tell a default from a choice.
+
+    Args:
+        parser: the experiment's parser.
+        defaults: the experiment's settings when an option is not given; its help shows this one's.
+        flag: its name, such as ``--batch-size``.
+        text: help.
+        **more: what ``add_argument`` takes.
+    """
+    default = _shown(defaults[flag.removeprefix("--").replace("-", "_")])
+    text = f"{text} (default: {default})"
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **more)
+
+
 def add_training_options(
     parser: argparse.ArgumentParser, defaults: Mapping[str, Any], quick: Mapping[str, Any]
 ) -> None:
-    """The options of every experiment that trains networks.
-
-    An option that is not given stays absent from the namespace, so that `settings` can tell a
-    default from a choice.
+    """The options of every experiment that trains networks, as `add_option` declares them.
 
     Args:
         parser: the experiment's parser.
@@ -100,11 +120,8 @@ def add_training_options(
     """
 
     def add(flag: str, kind: Any, text: str, **more: Any) -> None:
-        name = flag.removeprefix("--").replace("-", "_")
-        if name not in defaults:
-            return
-        text = f"{text} (default: {_shown(defaults[name])})"
-        parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **more)
+        if flag.removeprefix("--").replace("-", "_") in defaults:
+            add_option(parser, defaults, flag, text, type=kind, **more)
 
     add("--c", radius, "normalization constants; inf: no constraint", nargs="+", metavar="C")
     add("--epochs", positive_int, "passes over the training data", metavar="N")

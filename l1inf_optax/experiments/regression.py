@@ -28,12 +28,10 @@ import matplotlib
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import l1inf_optax as l1inf
-from l1inf_optax import plotting
-from l1inf_optax.experiments import options, recipes, report, synthetic
+from l1inf_optax.experiments import figures, options, recipes, report, synthetic
 from l1inf_optax.experiments.training import Data, Lane, Params, Task, measure, squared_error, train
 from l1inf_optax.linen import AugmentedMLP
 
@@ -77,8 +75,7 @@ def run(args: argparse.Namespace) -> None:
     out = options.make_folder(args.out)
     radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
     lanes = [Lane(t, c) for t in range(trials) for c in radii]
-    keys = jax.random.split(jax.random.key(settings["seed"]), trials)
-    train_data, test_data = jax.jit(jax.vmap(synthetic.regression_trial))(keys)
+    train_data, test_data = synthetic.trials(synthetic.regression_trial, settings["seed"], trials)
 
     steps = settings["epochs"]
     task = make_task(steps)
@@ -94,7 +91,10 @@ def run(args: argparse.Namespace) -> None:
             watch=watch,
         ).params
     measured = measure(task, params, lanes, train_data, test_data)
-    table = [_beside_the_paper(row) for row in report.rows(lanes, measured)]
+    table = [
+        report.beside_the_paper(row, PAPER, "test_error", "sparsity")
+        for row in report.rows(lanes, measured)
+    ]
     lasso = _lasso(train_data, test_data)
 
     report.print_table(console, f"1000-300-1, {trials} trials, squared error", table)
@@ -103,9 +103,7 @@ def run(args: argparse.Namespace) -> None:
         f"± {lasso['std']['test_error']:.3f}, {lasso['sparsity']:.1f} % zeros"
     )
     report.write_json(out / "results.json", "regression", settings, table, lasso_cv=lasso)
-    _figure(radii, {name: v.reshape(trials, -1) for name, v in measured.items()}).savefig(
-        out / "trials.png", dpi=150
-    )
+    figures.trials_figure(radii, measured, error="squared").savefig(out / "trials.png", dpi=150)
     console.print(f"wrote results.json and trials.png to {out}")
 
 
@@ -135,13 +133,6 @@ def make_task(steps: int) -> Task:
     return Task(init, NETWORK.apply, squared_error, optimizer)
 
 
-def _beside_the_paper(row: dict[str, Any]) -> dict[str, Any]:
-    if row["c"] not in PAPER:
-        return row
-    error, sparsity = PAPER[row["c"]]
-    return {**row, "paper_test_error": error, "paper_sparsity": sparsity}
-
-
 def _lasso(train_data: Data, test_data: Data) -> dict[str, Any]:
     """scikit-learn's LassoCV, five folds: test error and share of zero coefficients."""
     from sklearn.linear_model import LassoCV  # takes a second to import
@@ -153,14 +144,3 @@ def _lasso(train_data: Data, test_data: Data) -> dict[str, Any]:
         found.append((error, 100 * np.mean(model.coef_ == 0)))
     errors, sparsity = np.array(found).T
     return report.summary({"test_error": errors, "sparsity": sparsity})
-
-
-def _figure(radii: list[float], measured: dict[str, np.ndarray]) -> Figure:
-    """Figure 1: generalization error and sparsity over the trials, for every c."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    error = "generalization error (squared)"
-    plotting.plot_trials(radii, measured["generalization_error"], left, label=error)
-    left.set_yscale("log")
-    plotting.plot_trials(radii, measured["sparsity"], right, label="exact zeros (%)")
-    return figure

@@ -274,8 +274,9 @@ def relu_with_dropout(x: jax.Array) -> jax.Array:
 
 
 def _classification(settings: dict[str, Any]) -> Study:
-    keys = jax.random.split(jax.random.key(settings["seed"]), settings["trials"])
-    train_data, test_data = jax.jit(jax.vmap(synthetic.classification_trial))(keys)
+    train_data, test_data = synthetic.trials(
+        synthetic.classification_trial, settings["seed"], settings["trials"]
+    )
     widths = (*classification.HIDDEN, 2)
     return Study(
         train_data,

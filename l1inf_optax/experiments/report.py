@@ -84,6 +84,20 @@ def rows(
     return table
 
 
+def beside_the_paper(
+    row: dict[str, Any], paper: Mapping[float, Sequence[float]], *names: str
+) -> dict[str, Any]:
+    """A row with what the paper has for its c, where it has that c.
+
+    Args:
+        row: as `rows` makes it.
+        paper: c to figures of the paper.
+        names: those of the figures; their columns are called ``paper_`` and the name.
+    """
+    figures = paper.get(row["c"], ())
+    return row | {f"paper_{name}": value for name, value in zip(names, figures, strict=False)}
+
+
 def summary(measured: Mapping[str, ArrayLike]) -> dict[str, Any]:
     """Means over the trials, and in std their sample standard deviations, 0 for a single trial.
 
@@ -102,9 +116,8 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
     """
     out = _table(title, table, "±")
     unlimited = console.options.update(max_width=1000)
-    if (
-        console.measure(out, options=unlimited).maximum > console.width
-    ):  # no figure is cut: its spread goes below it
+    wanted = console.measure(out, options=unlimited).maximum
+    if wanted > console.width:  # no figure is cut: its spread goes below it
         out = _table(title, table, "\n±")
     console.print(out)
 

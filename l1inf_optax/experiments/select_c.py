@@ -99,14 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds": "rounds of the search for a c of each layer",
         "--candidates": "candidates in each round",
     }.items():
-        default = DEFAULTS[flag.removeprefix("--").replace("-", "_")]
-        parser.add_argument(
-            flag,
-            default=argparse.SUPPRESS,
-            type=options.positive_int,
-            metavar="N",
-            help=f"{text} (default: {default})",
-        )
+        options.add_option(parser, DEFAULTS, flag, text, type=options.positive_int, metavar="N")
     options.add_output_option(parser, "results/select-c")
 
 
@@ -119,8 +112,9 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    keys = jax.random.split(jax.random.key(settings["seed"]), settings["trials"])
-    train_data, test_data = jax.jit(jax.vmap(synthetic.classification_trial))(keys)
+    train_data, test_data = synthetic.trials(
+        synthetic.classification_trial, settings["seed"], settings["trials"]
+    )
 
     linear = _validate_regression(console, settings)
     selections = _select(console, settings, train_data)

@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
     trials = settings["trials"]
-    train_data, test_data = effects.trials_data(settings["seed"], trials)
+    train_data, test_data = synthetic.trials(
+        synthetic.classification_trial, settings["seed"], trials
+    )
     lanes = [
         Lane(t, c, rate)
         for rate in sorted(set(settings["rates"]))

@@ -12,6 +12,8 @@ Both sections have misprints. They are read so that the paper's own tables come 
   models that have collapsed to a constant, which takes balanced classes: half of the samples each.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -21,19 +23,31 @@ CLASSIFICATION_INPUTS = 500
 SAMPLES = 500  # to train on, in both
 
 Sample = tuple[jax.Array, jax.Array]  # inputs and targets
+Trial = tuple[Sample, Sample]  # to train on, to test on
 
 
-def regression_trial(key: jax.Array) -> tuple[Sample, Sample]:
+def regression_trial(key: jax.Array) -> Trial:
     """Section 5.1's data for one trial: new coefficients, 500 samples to train, 1,500 to test."""
     key_beta, key_train, key_test = jax.random.split(key, 3)
     beta = coefficients(key_beta)
     return regression(key_train, beta, SAMPLES), regression(key_test, beta, 1500)
 
 
-def classification_trial(key: jax.Array) -> tuple[Sample, Sample]:
+def classification_trial(key: jax.Array) -> Trial:
     """Section 5.2's data for one trial: 500 samples to train, 1,000 to test."""
     key_train, key_test = jax.random.split(key)
     return classification(key_train, SAMPLES), classification(key_test, 1000)
+
+
+def trials(sample: Callable[[jax.Array], Trial], seed: int, number: int) -> Trial:
+    """Training and test data of many trials.
+
+    Args:
+        sample: `regression_trial` or `classification_trial`.
+        seed: fixes all of them.
+        number: of trials, which every array has as a leading axis.
+    """
+    return jax.jit(jax.vmap(sample))(jax.random.split(jax.random.key(seed), number))
 
 
 def coefficients(key: jax.Array) -> jax.Array:

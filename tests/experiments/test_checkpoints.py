@@ -20,6 +20,7 @@ import l1inf_optax as l1inf
 from l1inf_optax.experiments.checkpoints import open_checkpoints
 from l1inf_optax.experiments.options import OptionError
 from l1inf_optax.experiments.training import Lane, Snapshot, Task, train
+from tests import devices
 
 RUN = {"name": "test", "c": [0.5, float("inf")]}
 D = 6
@@ -169,7 +170,7 @@ def test_a_snapshot_of_other_lanes_is_an_error():
         train(TASK, LANES[:2], (X[None], Y[None]), **OPTIONS, resume=snapshots[0])
 
 
-def process(folder, out, devices=1):
+def process(folder, out, n=1):
     """The run, in a process of its own."""
     program = (
         "import sys, pathlib, jax, numpy as np\n"
@@ -178,11 +179,10 @@ def process(folder, out, devices=1):
         "leaves = jax.tree.leaves((got.params, got.history))\n"
         "np.savez(sys.argv[2], *map(np.asarray, leaves))\n"
     )
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-c", program, folder, out],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        cwd=Path(__file__).parents[2],
+        env=devices.environment(n),
+        cwd=devices.ROOT,
     )
 
 
@@ -196,7 +196,7 @@ def assert_saved(out, expected, **tolerance):
 
 def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
     stop_after(tmp_path / "checkpoints", 3)
-    assert process(tmp_path / "checkpoints", tmp_path / "out.npz", devices=2).wait() == 0
+    assert process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2).wait() == 0
     # Programs for other numbers of devices round differently.
     assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-4, atol=1e-6)
 
