@@ -14,8 +14,9 @@ differ in nothing but c. `train` goes like this:
 5. return the parameters of all lanes, stacked.
 
 c is data, not a constant of the compiled program: another c costs no compilation, and c = inf is a
-lane like any other. So is a learning rate, where lanes name one. All devices get as many lanes, and
-a lane stays on its device.
+lane like any other. So is a learning rate, where lanes name one. All devices of all processes get
+as many lanes, and a lane stays on its device. Every process is called with the same arguments and
+returns everything.
 """
 
 import itertools
@@ -27,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 Params = Any
@@ -162,13 +164,13 @@ def train(
         keep: called after every compiled call with what it takes to go on from there.
 
     Returns:
-        The trained parameters and the history.
+        The trained parameters and the history, whole on every process.
 
     Raises:
         ValueError: if there is nothing to do: no lane, no epoch, an empty batch; or ``resume`` is
             of other lanes or another network.
     """
-    x, y = (jnp.asarray(a) for a in data)
+    x, y = (on_all_devices(a) for a in data)
     counts = {"epochs": epochs, "batch_size": batch_size, "steps_per_call": steps_per_call}
     for name, value in {"the number of lanes": len(lanes), **counts}.items():
         if value < 1:
@@ -179,8 +181,7 @@ def train(
     if lanes_at_once is None:
         lanes_at_once = 1 if jax.default_backend() == "cpu" else len(lanes)
 
-    spare = -len(lanes) % jax.device_count()  # every device gets as many lanes
-    keys, trials, chosen = _lane_arrays([*lanes, *[lanes[-1]] * spare], seed)
+    keys, trials, chosen = shared_out(_lane_arrays(lanes, seed))
     state = _start(task, keys, chosen)
     history: list[Progress] = []
     if resume is not None:
@@ -191,16 +192,17 @@ def train(
             task, batch_size, lanes_at_once, state, keys, trials, chosen, piece, rows, x, y
         )
         done = (piece.last_epoch - 1) * steps + piece.last
-        progress = Progress(done, *(np.asarray(a)[: len(lanes)] for a in (losses, zeros)))
+        progress = Progress(done, *gathered((losses, zeros), len(lanes)))
         history.append(progress)
         if watch:
             watch(progress)
         if keep:  # a copy: the next call overwrites the state
-            leaves = [np.array(leaf)[: len(lanes)] for leaf in jax.tree.leaves(state)]
+            leaves = [np.array(leaf) for leaf in gathered(jax.tree.leaves(state), len(lanes))]
             keep(Snapshot(leaves, [*history]))
-    params = state.params
-    if spare:
-        params = jax.tree.map(lambda leaf: leaf[: len(lanes)], params)
+    if jax.process_count() > 1:
+        params = jax.tree.map(jnp.asarray, gathered(state.params, len(lanes)))
+    else:
+        params = jax.tree.map(lambda leaf: leaf[: len(lanes)], state.params)
     return Trained(params, history)
 
 
@@ -224,9 +226,57 @@ def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
     return 100.0 * jnp.mean(entries < below if below else entries == 0)
 
 
+def on_all_devices(value: Any) -> jax.Array:
+    """An array that every device of every process has; it is the same in all of them."""
+    whole = np.asarray(jnp.asarray(value))
+    sharding = NamedSharding(_devices(), PartitionSpec())
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def shared_out(lanes: Any) -> Any:
+    """Arrays with a leading axis of lanes, dealt out to all devices; the last lane fills up."""
+    sharding = NamedSharding(_devices(), PartitionSpec("lanes"))
+
+    def placed(leaf: ArrayLike) -> jax.Array:
+        whole = np.asarray(leaf)
+        spare = np.repeat(whole[-1:], -len(whole) % jax.device_count(), axis=0)
+        whole = np.concatenate([whole, spare])
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(placed, lanes)
+
+
+def map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:
+    """``one(lane, common)`` of all lanes: on each device its share, ``at_once`` at a time."""
+
+    def share(lanes: Any, common: Any) -> Any:
+        return jax.lax.map(lambda lane: one(lane, common), lanes, batch_size=at_once)
+
+    return jax.shard_map(
+        share,
+        mesh=_devices(),
+        in_specs=(PartitionSpec("lanes"), PartitionSpec()),
+        out_specs=PartitionSpec("lanes"),
+        check_vma=False,  # a lane's loops start from constants
+    )(lanes, common)
+
+
+def gathered(lanes: Any, number: int) -> Any:
+    """What `map_lanes` has made of so many lanes, as NumPy arrays that every process has."""
+    if jax.process_count() > 1:
+        lanes = multihost_utils.process_allgather(lanes, tiled=True)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:number], lanes)
+
+
+def _devices() -> Mesh:
+    return Mesh(np.array(jax.devices()), ("lanes",))
+
+
 def _lane_arrays(lanes: Sequence[Lane], seed: int) -> tuple[jax.Array, jax.Array, _Chosen]:
+    """Bits of their keys, trials, and what they have chosen."""
     trials = jnp.array([lane.trial for lane in lanes])
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(trials)
+    keys = jax.random.key_data(keys)
     radii = jax.tree.map(lambda *c: _rounded_down(np.array(c)), *[lane.c for lane in lanes])
     if all(lane.rate is None for lane in lanes):
         return keys, trials, (radii,)
@@ -244,11 +294,7 @@ def _resumed(snapshot: Snapshot, start: _State, lanes: int) -> _State:
             "resume with the arguments that it was kept with"
         )
 
-    def placed(leaf: np.ndarray, like: jax.Array) -> jax.Array:
-        spare = np.repeat(leaf[-1:], len(like) - lanes, axis=0)
-        return jax.device_put(np.concatenate([leaf, spare]), like.sharding)
-
-    return jax.tree.unflatten(structure, map(placed, snapshot.state, leaves))
+    return jax.tree.unflatten(structure, shared_out(snapshot.state))
 
 
 def _rounded_down(c: np.ndarray) -> jax.Array:
@@ -281,11 +327,12 @@ def _pieces(epochs: int, steps: int, steps_per_call: int) -> Iterator[_Piece]:
 @partial(jax.jit, static_argnums=0)
 def _start(task: Task, keys: jax.Array, chosen: _Chosen) -> _State:
     def one(lane: tuple[jax.Array, _Chosen], _: tuple) -> _State:
-        key, own = lane
-        params = task.init(jax.random.fold_in(key, 0), own[0])
+        key_data, own = lane
+        key = jax.random.fold_in(jax.random.wrap_key_data(key_data), 0)
+        params = task.init(key, own[0])
         return _State(params, task.optimizer(*own).init(params))
 
-    return _map_lanes(one, (keys, chosen), ())
+    return map_lanes(one, (keys, chosen), ())
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -308,8 +355,9 @@ def _advance(
         lane: tuple[_State, jax.Array, jax.Array, _Chosen],
         common: tuple[_Piece, jax.Array, jax.Array, jax.Array],
     ) -> tuple:
-        state, key, trial, settings = lane
+        state, key_data, trial, settings = lane
         piece, folds, x, y = common
+        key = jax.random.wrap_key_data(key_data)
         update = task.optimizer(*settings).update
         fold = folds[trial % folds.shape[0]]
         own = trial % y.shape[0]
@@ -344,19 +392,4 @@ def _advance(
         taken = (piece.last_epoch - piece.first_epoch) * (piece.last - piece.first)
         return state, total / taken, share_of_zeros(task.counted(state.params))
 
-    return _map_lanes(one, (state, keys, trials, chosen), (piece, rows, x, y), lanes_at_once)
-
-
-def _map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:
-    """``one(lane, common)`` of all lanes: on each device its share, ``at_once`` at a time."""
-
-    def share(lanes: Any, common: Any) -> Any:
-        return jax.lax.map(lambda lane: one(lane, common), lanes, batch_size=at_once)
-
-    return jax.shard_map(
-        share,
-        mesh=Mesh(np.array(jax.devices()), ("lanes",)),
-        in_specs=(PartitionSpec("lanes"), PartitionSpec()),
-        out_specs=PartitionSpec("lanes"),
-        check_vma=False,  # a lane's loops start from constants
-    )(lanes, common)
+    return map_lanes(one, (state, keys, trials, chosen), (piece, rows, x, y), lanes_at_once)

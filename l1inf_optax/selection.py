@@ -20,7 +20,19 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax._training import Apply, Lane, Metric, Params, Progress, Task, train
+from l1inf_optax._training import (
+    Apply,
+    Lane,
+    Metric,
+    Params,
+    Progress,
+    Task,
+    gathered,
+    map_lanes,
+    on_all_devices,
+    shared_out,
+    train,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -219,9 +231,11 @@ def cross_validate(
         lanes_at_once=lanes_at_once,
         watch=watch,
     ).params
-    which = jnp.array([lane.trial for lane in lanes])
+    which = np.array([lane.trial for lane in lanes])
     unseen = _stacked([rows for _, rows in folds])
-    means = np.asarray(_means(apply, score or loss, params, which, unseen, x, y), np.float64)
+    common = tuple(map(on_all_devices, (unseen, x, y)))
+    means = _means(apply, score or loss, shared_out((params, which)), common)
+    means = gathered(means, len(lanes)).astype(np.float64)
     scores = np.where(np.isfinite(means), means if score else -means, np.nan)
     scores = scores.reshape(len(candidates), len(folds))
     return CrossValidation(candidates, scores)
@@ -393,20 +407,18 @@ def _check_per_example(
 def _means(
     apply: Apply,
     metric: Metric,
-    params: Params,
-    which: jax.Array,
-    folds: jax.Array,
-    x: jax.Array,
-    y: jax.Array,
+    lanes: tuple[Params, jax.Array],
+    common: tuple[jax.Array, ...],
 ) -> jax.Array:
     """``(lanes,)`` means of the metric over the examples of each lane's fold."""
 
-    def one(lane: tuple[Params, jax.Array]) -> jax.Array:
+    def one(lane: tuple[Params, jax.Array], common: tuple[jax.Array, ...]) -> jax.Array:
         params, fold = lane
+        folds, x, y = common
         rows = folds[fold]
         return metric(apply(params, x[rows]), y[rows]).mean(where=rows >= 0)
 
-    return jax.lax.map(one, (params, which))
+    return map_lanes(one, lanes, common)
 
 
 def _check_search(

@@ -1,8 +1,11 @@
-"""Two processes of `jax.distributed` train one sharded network: the same parameters on each.
+"""Processes of `jax.distributed` train what one process trains, started as Slurm starts them.
 
-Each runs ``python -m tests.test_hosts COORDINATOR PROCESSES PROCESS DIR``.
+Each runs ``python -m tests.test_hosts DIR [COMMAND...]``.
 """
 
+import json
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,7 +19,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import l1inf_optax as l1inf
+from l1inf_optax._training import train
+from l1inf_optax.experiments.__main__ import main
 from tests import devices
+from tests.experiments.test_mnist import COMMON, blobs
+from tests.test_training import LANES, OPTIONS, SHARED, TASK
 
 # Columns of the first layer lie on all devices, so do rows of the second.
 SPECS = {
@@ -59,34 +66,89 @@ def trained():
     return jax.jit(train, out_shardings=whole)(params)
 
 
-def test_two_processes_train_what_one_trains(tmp_path):
+def of_lanes():
+    """What the loop trains: parameters and losses of all lanes."""
+    params, history = train(TASK, LANES, SHARED, **OPTIONS)
+    return [*jax.tree.leaves(params), np.array([progress.loss for progress in history])]
+
+
+def start(processes, devices_each, *arguments):
+    """Processes that find each other by Slurm's variables, to their good end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        coordinator = f"localhost:{free.getsockname()[1]}"
-    processes = [
+        port = free.getsockname()[1]
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+    running = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.test_hosts", coordinator, "2", str(i), str(tmp_path)],
-            env=devices.environment(2),
+            [sys.executable, "-m", "tests.test_hosts", *map(str, arguments)],
+            env={
+                **devices.environment(devices_each),
+                **job,
+                "SLURM_PROCID": str(i),
+                "SLURM_LOCALID": str(i),
+            },
             cwd=devices.ROOT,
         )
-        for i in range(2)
+        for i in range(processes)
     ]
     try:
-        assert [process.wait(120) for process in processes] == [0, 0]
+        assert [process.wait(300) for process in running] == [0] * processes
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
-    expected = jax.tree.leaves(trained())
-    of_one, of_other = (np.load(tmp_path / f"{i}.npz") for i in range(2))
-    for name, leaf in zip(of_one.files, expected, strict=True):
-        np.testing.assert_array_equal(of_one[name], of_other[name])
-        np.testing.assert_allclose(of_one[name], leaf, rtol=1e-5, atol=1e-6)
+
+
+def assert_trained_alike(folder, processes):
+    first, *others = (np.load(folder / f"{i}.npz") for i in range(processes))
+    for other in others:
+        for name in first.files:
+            np.testing.assert_array_equal(other[name], first[name])
+    of_network, lanes = jax.tree.leaves(trained()), of_lanes()
+    for name, leaf in zip(first.files, of_network + lanes, strict=True):
+        np.testing.assert_allclose(first[name], leaf, rtol=1e-5, atol=1e-6)
+    for name, leaf in zip(first.files[len(of_network) :], lanes, strict=True):
+        np.testing.assert_array_equal(first[name], leaf)  # one device computes a lane
+
+
+def test_four_processes_train_what_one_trains(tmp_path):
+    start(4, 1, tmp_path)
+    assert_trained_alike(tmp_path, 4)
+
+
+def test_an_experiment_runs_on_two_hosts_and_goes_on_there(tmp_path):
+    rng, names = np.random.default_rng(0), ("x_train", "y_train", "x_test", "y_test")
+    digits = dict(zip(names, blobs(60, rng) + blobs(20, rng), strict=True))
+    np.savez(tmp_path / "blobs.npz", **digits)
+    command = [*COMMON, "--data", str(tmp_path / "blobs.npz"), "--epochs", "30", "--trials", "1"]
+    start(2, 2, tmp_path, *command)
+    assert_trained_alike(tmp_path, 2)
+    assert main([*command, "--out", str(tmp_path / "alone")]) == 0
+    alone, *on_two = (
+        json.loads((tmp_path / out / "results.json").read_text())["rows"]
+        for out in ("alone", "first", "second")
+    )
+    for row in on_two:
+        assert row == alone
 
 
 if __name__ == "__main__":
-    coordinator, processes, process, folder = sys.argv[1:]
-    jax.distributed.initialize(coordinator, int(processes), int(process))
-    assert jax.process_count() == int(processes)
+    folder, command = Path(sys.argv[1]), sys.argv[2:]
+    if command:
+        command += ["--checkpoint", str(folder / "checkpoints"), "--out"]
+        assert main(["--distributed", "auto", *command, str(folder / "first")]) == 0
+        if jax.process_index() == 0:
+            last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
+            shutil.rmtree(last)
+        multihost_utils.sync_global_devices("the last checkpoint is gone")
+        assert main([*command, str(folder / "second")]) == 0
+    else:
+        jax.distributed.initialize()
+    assert jax.process_count() == int(os.environ["SLURM_NTASKS"])
     leaves = [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(trained())]
-    np.savez(Path(folder) / f"{process}.npz", *leaves)
+    np.savez(folder / f"{jax.process_index()}.npz", *leaves, *map(np.asarray, of_lanes()))
     multihost_utils.sync_global_devices("done")

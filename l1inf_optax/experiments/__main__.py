@@ -7,12 +7,20 @@ An experiment is a module of this package, named like its command (``select-c`` 
 - ``run(args)`` does the work.
 
 A new one is one more line in `EXPERIMENTS`.
+
+With ``--distributed`` the same command runs once on each of many hosts. All compute, and the first
+one speaks for all.
 """
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from tempfile import TemporaryDirectory
+
+import jax
 
 from l1inf_optax.experiments.data import DataError
 from l1inf_optax.experiments.options import OptionError
@@ -46,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         args = _parse(argv)
-        args.run(args)
+        if args.distributed:
+            _join(args.distributed)
+        with _first_process_speaks(args):
+            args.run(args)
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "l1inf_optax":
             raise
@@ -66,6 +77,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "normalization', one command each.",
         epilog=f"'{PROGRAM} NAME --help' lists the options of an experiment.",
     )
+    parser.add_argument(
+        "--distributed",
+        metavar="auto|HOST:PORT,N,I",
+        help="be one of many processes that share the networks out among their devices: run the "
+        "same command as each; auto where JAX knows the cluster (Slurm, Open MPI, Cloud TPU, "
+        "Kubernetes), otherwise process I of N, of which process 0 listens at HOST:PORT",
+    )
     commands = parser.add_subparsers(metavar="NAME", required=True)
     for name, summary in EXPERIMENTS.items():
         module = importlib.import_module(f"l1inf_optax.experiments.{name.replace('-', '_')}")
@@ -78,6 +96,35 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser.parse_args(argv)
+
+
+def _join(where: str) -> None:
+    """Find the other processes; before anything is computed."""
+    try:
+        if where == "auto":
+            jax.distributed.initialize()
+        else:
+            address, processes, process = where.split(",")
+            jax.distributed.initialize(address, int(processes), int(process))
+    except ValueError as error:
+        raise OptionError(
+            f"--distributed {where}: {error}; give auto on a cluster that JAX knows, otherwise "
+            "HOST:PORT,N,I such as host0:1234,4,0"
+        ) from error
+
+
+@contextmanager
+def _first_process_speaks(args: argparse.Namespace) -> Iterator[None]:
+    """Keep the other processes, which compute the same, from printing it and writing it too."""
+    if not jax.distributed.is_initialized() or jax.process_index() == 0:
+        yield
+        return
+    with (
+        TemporaryDirectory() as args.out,
+        open(os.devnull, "w") as nowhere,
+        redirect_stdout(nowhere),
+    ):
+        yield
 
 
 def _fail(message: str) -> None:

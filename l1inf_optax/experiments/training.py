@@ -22,7 +22,11 @@ from l1inf_optax._training import (
     Snapshot,
     Task,
     Trained,
+    gathered,
+    map_lanes,
+    on_all_devices,
     share_of_zeros,
+    shared_out,
     steps_per_epoch,
     train,
 )
@@ -107,25 +111,23 @@ def evaluate(
     Returns:
         ``(lanes,)`` float32 for every name.
     """
-    x, y = (jnp.asarray(a) for a in data)
 
-    @jax.jit
-    def all_lanes(params: Params, trials: jax.Array, x: jax.Array, y: jax.Array) -> dict:
-        def one(lane: tuple[Params, jax.Array]) -> dict[str, jax.Array]:
-            params, trial = lane
-            own = trial % y.shape[0]
-            if batch_size is None:
-                outputs = apply(params, x[own])
-            else:
-                outputs = jax.lax.map(
-                    lambda row: apply(params, row[None])[0], x[own], batch_size=batch_size
-                )
-            return {name: metric(outputs, y[own]).mean() for name, metric in metrics.items()}
+    def one(lane: tuple[Params, jax.Array], data: tuple[jax.Array, ...]) -> dict[str, jax.Array]:
+        params, trial = lane
+        x, y = data
+        own = trial % y.shape[0]
+        if batch_size is None:
+            outputs = apply(params, x[own])
+        else:
+            outputs = jax.lax.map(
+                lambda row: apply(params, row[None])[0], x[own], batch_size=batch_size
+            )
+        return {name: metric(outputs, y[own]).mean() for name, metric in metrics.items()}
 
-        return jax.lax.map(one, (params, trials))
-
-    means = all_lanes(params, jnp.array([lane.trial for lane in lanes]), x, y)
-    return {name: np.asarray(mean) for name, mean in means.items()}
+    trials = np.array([lane.trial for lane in lanes])
+    all_lanes = jax.jit(partial(map_lanes, one))
+    means = all_lanes(shared_out((params, trials)), tuple(map(on_all_devices, data)))
+    return gathered(means, len(lanes))
 
 
 def measure(
