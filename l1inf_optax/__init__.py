@@ -16,6 +16,7 @@ from l1inf_optax._transform import (
     keep_params_in_l1inf_ball,
     project_params,
 )
+from l1inf_optax.diagnosis import Diagnosis, Finding, diagnose
 from l1inf_optax.sparsity import LayerSparsity, SparsityReport, sparsity_report
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConstrainState",
+    "Diagnosis",
+    "Finding",
     "KeepParamsInL1InfBallState",
     "LayerDimensionNumbers",
     "LayerSparsity",
@@ -30,6 +33,7 @@ __all__ = [
     "bounds",
     "constrain",
     "convert_params",
+    "diagnose",
     "keep_params_in_l1inf_ball",
     "l1inf_norm",
     "linen",

@@ -14,7 +14,7 @@ import optax
 from jax import tree_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from l1inf_optax._projection import Arrays, Axes, check_radius, normalise_axes
+from l1inf_optax._projection import Arrays, Axes, check_floating, check_radius, normalise_axes
 
 AUGMENTED_KERNEL = "augmented_kernel"
 
@@ -91,12 +91,17 @@ class Layer(NamedTuple):
         shape = tuple(1 if i in self.reduction_axes else n for i, n in enumerate(self.shape))
         return (*(x.reshape(shape) for x in bias), kernel)
 
+    @property
+    def columns_shape(self) -> tuple[int, ...]:
+        """The kernel's shape without the axes a column runs along."""
+        return tuple(n for i, n in enumerate(self.shape) if i not in self.reduction_axes)
+
     def zeros(self, leaves: Sequence[Any]) -> jax.Array:
         """A zero for each column, float32 or, where the layer is, float64; sharded like columns."""
         dtypes = (leaves[i].dtype for i in (self.bias, self.kernel) if i is not None)
         columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
         return jnp.zeros(
-            [self.shape[i] for i in columns],
+            self.columns_shape,
             jnp.result_type(jnp.float32, *dtypes),
             device=_sharding_along(leaves[self.kernel], columns),
         )
@@ -141,13 +146,19 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
 
     Raises:
         ValueError: No layer is found or constrained, a pattern matches none or comes too late to,
-            or a layer's axes are in doubt.
+            a layer's axes are in doubt, or its parameters are no floating-point numbers.
     """
     found = find_layers(params, layers)
+    leaves, structure = flatten(params)
     if not found:
+        if tree_util.treedef_is_leaf(structure) and not hasattr(leaves[0], "shape"):
+            raise ValueError(
+                f"params is a {type(params).__name__}, not a pytree of arrays: give the parameters "
+                "themselves, such as a Linen module's init(key, x) returns"
+            )
         raise ValueError(
             f"layers={layers!r} finds nothing to constrain. The leaves are: "
-            f"{_listing(path for path, _ in _named_leaves(params))}. Say which of them are "
+            f"{_listing(path for path, _ in named_leaves(params))}. Say which of them are "
             "kernels with layers={glob: LayerDimensionNumbers(...)}"
         )
     radii: list[Radius | None] = [c] * len(found)
@@ -164,6 +175,9 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         )
     for layer, _ in chosen:
         check_certain(layer)
+        for i in (layer.bias, layer.kernel):
+            if i is not None:
+                check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
     return chosen
 
 
@@ -197,7 +211,7 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
     Raises:
         ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
     """
-    leaves = _named_leaves(params)
+    leaves = named_leaves(params)
     if layers is None:
         return list(_by_name(leaves))
     if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
@@ -208,7 +222,8 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
 # --- paths ----------------------------------------------------------------------------------------
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Leaves with their paths, keys joined by ``/``, in the order of :func:`flatten`."""
     flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     return [(_path(keys), leaf) for keys, leaf in flat]
 
@@ -297,7 +312,8 @@ def _told(paths: list[str], layers: Any) -> dict[str, Any]:
         if path not in paths or not is_numbers(numbers):
             raise ValueError(
                 f"layers holds {numbers!r} at {path!r}: give dimension numbers or None, in the "
-                f"structure of the parameters. There are: {_listing(iter(paths))}"
+                f"structure of the parameters. There are: {_listing(iter(paths))}. To choose "
+                "layers by name, say c={glob: number}"
             )
     return told
 
@@ -332,6 +348,11 @@ def _by_name(leaves: list[tuple[str, Any]]) -> Iterator[Layer]:
             bias_shape = None if bias is None else _shape(leaves[bias][1])
             if shape is None or len(shape) < 2:
                 continue
+            if "opt_state" in parent.split("/"):
+                raise ValueError(
+                    f"params holds an optimizer's state: {leaves[kernel][0]!r} is no weight. Give "
+                    "the parameters alone, such as state.params of a TrainState"
+                )
             if bias is not None and isinstance(leaves[bias][1], optax.MaskedNode):
                 raise ValueError(
                     f"the bias of {leaves[kernel][0]!r} is masked and its kernel is not: put both "
@@ -449,8 +470,8 @@ def convert_params(params: Any, like: Any) -> Any:
         >>> bool((back["params"]["kernel"] == plain["params"]["kernel"]).all())
         True
     """
-    source = dict(_named_leaves(params))
-    wanted = dict(_named_leaves(like))
+    source = dict(named_leaves(params))
+    wanted = dict(named_leaves(like))
     converted = [_convert(path, _shape(leaf), source, wanted) for path, leaf in wanted.items()]
     return tree_util.tree_unflatten(flatten(like)[1], converted)
 

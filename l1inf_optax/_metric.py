@@ -77,6 +77,13 @@ _NEUTRAL = {
 }
 # Those that may step differently in different leaves, or adapt without second moments of their own.
 _UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State"}
+# Those that do not step along the gradient, even within a leaf, each with a field that is like the
+# parameters.
+UNEUCLIDEAN = {
+    name: moments.second[0]
+    for name, moments in _MOMENTS.items()
+    if moments.second and name != "ScaleByNovogradState"
+} | {"ScaleBySM3State": "nu", "ScaleByLionState": "mu", "MuonState": "mu"}
 # A gradient so small that no second moment notices, and so large that its square, times what a
 # running mean takes of it, is a normal number.
 _NEXT_TO_NOTHING = 1e-15

@@ -261,7 +261,7 @@ def project_all(
     for i, (operands, c, axes, start, slope, bounded) in enumerate(requests):
         parts = jax.eval_shape(make, *operands)
         for part in parts:
-            _check_floating(part.dtype, "the array")
+            check_floating(part.dtype, "the array")
         dtype = jnp.result_type(jnp.float32, *(part.dtype for part in parts))
         columns = tuple(n for k, n in enumerate(parts[0].shape) if k not in axes)
         constant = _constant(c, dtype, columns)
@@ -293,11 +293,12 @@ def _as_they_are(*parts: jax.Array) -> Arrays:
 
 def _floating(x: ArrayLike, name: str = "x") -> jax.Array:
     array = jnp.asarray(x)
-    _check_floating(array.dtype, name)
+    check_floating(array.dtype, name)
     return array
 
 
-def _check_floating(dtype: jnp.dtype, name: str) -> None:
+def check_floating(dtype: jnp.dtype, name: str) -> None:
+    """Raises a ValueError if ``name`` has no dtype that can be projected."""
     if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
         raise ValueError(
             f"{name} has dtype {dtype}: convert it to float16, bfloat16, float32 or float64"

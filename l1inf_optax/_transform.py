@@ -99,7 +99,8 @@ def keep_params_in_l1inf_ball(
     Raises:
         ValueError: ``c`` is not positive or ``method`` unknown; and, from ``init`` and ``update``,
             a pattern matches nothing, there is no layer to constrain, the axes of one cannot be
-            told, or ``params`` are missing.
+            told, its parameters are integers, ``params`` are missing, or ``state`` belongs to
+            something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -177,7 +178,7 @@ def constrain(
 
     Raises:
         ValueError: as :func:`keep_params_in_l1inf_ball`; ``metric`` is unknown; and, from ``init``,
-            ``"auto"`` finds no metric.
+            ``"auto"`` finds no metric or the optimizer projects already.
 
     References:
         Melchior, Joseph and Moolekamp (2019), *Proximal Adam*. Yun, Lozano and Yang (2021),
@@ -201,6 +202,12 @@ def constrain(
 
     def init_fn(params: Any) -> ConstrainState:
         state = inner.init(params)
+        if ball_states(state):
+            raise ValueError(
+                "optimizer keeps its parameters in a ball already, and constrain would project "
+                "them a second time: give it the optimizer alone, as in "
+                "constrain(optax.adam(1e-3), c)"
+            )
         if metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
             _metric.check(inner, state, params, [layer.kernel for layer, _ in chosen])
@@ -210,6 +217,7 @@ def constrain(
         updates: Any, state: ConstrainState, params: Any = None, **extra: Any
     ) -> tuple[Any, ConstrainState]:
         _check_params(params)
+        _check_state(state, ConstrainState)
         steps, inner_state = inner.update(updates, state.inner_state, params, **extra)
         slopes = None
         if callable(metric):
@@ -293,6 +301,32 @@ def _check_params(params: Any) -> None:
         )
 
 
+def _check_state(state: Any, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise ValueError(
+            f"state is a {type(state).__name__}, not the {kind.__name__} that init(params) of this "
+            "transformation returned. Call update(updates, state, params), in this order"
+        )
+
+
+def _check_thresholds(thresholds: dict[str, jax.Array], wanted: dict[str, tuple[int, ...]]) -> None:
+    has = {path: jnp.shape(x) for path, x in thresholds.items()}
+    if has != wanted:
+        raise ValueError(
+            f"state is for columns of {has}, but c, layers and params ask for {wanted}: "
+            "take the state from init(params) of this transformation, with these params"
+        )
+
+
+def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:
+    """What projections keep, wherever in an optimizer's state they are."""
+
+    def is_ball(x: Any) -> bool:
+        return isinstance(x, KeepParamsInL1InfBallState)
+
+    return [x for x in jax.tree.leaves(state, is_leaf=is_ball) if is_ball(x)]
+
+
 def _into_ball(
     project: Projection,
     c: Radii,
@@ -304,6 +338,7 @@ def _into_ball(
     slopes: Any = None,
 ) -> tuple[Any, KeepParamsInL1InfBallState]:
     """Updates that end in the ball, and the next state; slopes as `Request` has them, or None."""
+    _check_state(state, KeepParamsInL1InfBallState)
     leaves, structure = _layers.flatten(updates)
     params_leaves, params_structure = _layers.flatten(params)
     if structure != params_structure:
@@ -313,6 +348,7 @@ def _into_ball(
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
     chosen = _layers.constrained_layers(params, c, layers)
+    _check_thresholds(state.thresholds, {x.leaf_path: x.columns_shape for x, _ in chosen})
 
     def operands(layer: Layer) -> tuple[Arrays, Arrays]:
         ps, us = layer.columns(params_leaves), layer.columns(leaves)

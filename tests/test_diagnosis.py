@@ -1,0 +1,297 @@
+"""Each mistake is made here, and what the user then sees is what the troubleshooting page shows."""
+
+import html.parser
+import itertools
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import l1inf_optax as l1inf
+
+PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+
+
+def layer(inputs, units, weight=None, bias=0.0):
+    """A column has the norm 1 unless a weight is given."""
+    weight = 1 / inputs if weight is None else weight
+    return {"kernel": jnp.full((inputs, units), weight), "bias": jnp.full(units, bias)}
+
+
+PARAMS = {"hidden_0": layer(8, 4), "hidden_1": layer(4, 4), "readout": layer(4, 1)}
+GRADS = jax.tree.map(jnp.ones_like, PARAMS)
+UNEVEN = jax.tree.map(lambda x: jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape), PARAMS)
+C = {"hidden_*": 1.0}
+KEEP = l1inf.keep_params_in_l1inf_ball(C)
+SGD = optax.chain(optax.sgd(0.1), KEEP)
+
+
+def with_hidden_0(hidden_0):
+    return {**PARAMS, "hidden_0": hidden_0}
+
+
+def numbered(sizes, weight=None):
+    return {f"Dense_{i}": layer(n, m, weight) for i, (n, m) in enumerate(itertools.pairwise(sizes))}
+
+
+def masked_without_bias():
+    mask = {"hidden_0": {"kernel": True, "bias": False}, "hidden_1": True, "readout": True}
+    return optax.masked(KEEP, mask).init(PARAMS)
+
+
+def train_state():
+    return TrainState.create(apply_fn=None, params=PARAMS, tx=optax.adam(1e-3))
+
+
+ERRORS = {
+    "forgotten params": lambda: KEEP.update(GRADS, KEEP.init(PARAMS)),
+    "a pattern without a match": lambda: l1inf.project_params(PARAMS, {"hiden_*": 1.0}),
+    "a pattern that comes too late": lambda: l1inf.project_params(
+        PARAMS, {"*": 1.0, "readout": None}
+    ),
+    "c is not positive": lambda: l1inf.keep_params_in_l1inf_ball(0.0),
+    "c is a list": lambda: l1inf.project_params(PARAMS, [1.0, 2.0]),
+    "integer weights": lambda: KEEP.init(jax.tree.map(lambda x: x.astype(int), PARAMS)),
+    "names of your own": lambda: l1inf.project_params({"W1": jnp.ones((3, 2))}, 1.0),
+    "axes in doubt": lambda: l1inf.project_params({"conv": {"kernel": jnp.ones((3, 2, 4))}}, 1.0),
+    "layers chosen by layers": lambda: l1inf.project_params(PARAMS, 1.0, layers=["hidden_0"]),
+    "the state of something else": lambda: l1inf.keep_params_in_l1inf_ball(1.0).update(
+        GRADS, KEEP.init(PARAMS), PARAMS
+    ),
+    "arguments in another order": lambda: KEEP.update(GRADS, PARAMS, PARAMS),
+    "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
+    "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),
+    "constrain around a projection": lambda: l1inf.constrain(SGD, C).init(PARAMS),
+    "an optimizer without a metric": lambda: l1inf.constrain(optax.lion(1e-3), C).init(PARAMS),
+    "half a layer masked": masked_without_bias,
+}
+
+
+def applied_twice():
+    updates, state = SGD.update(UNEVEN, SGD.init(PARAMS), PARAMS)
+    params = optax.apply_updates(optax.apply_updates(PARAMS, updates), updates)
+    return l1inf.diagnose(SGD, params, C, state=state)
+
+
+def step_too_long():
+    return l1inf.diagnose(optax.chain(optax.sgd(1000.0), KEEP), PARAMS, C, grads=UNEVEN)
+
+
+def after(*links):
+    return optax.chain(optax.sgd(0.1), KEEP, *links)
+
+
+DEEP = {"Dense_*": 0.05}
+FINDINGS = {
+    "not kept": lambda: l1inf.diagnose(optax.sgd(0.1), PARAMS, C),
+    "not last": lambda: l1inf.diagnose(after(optax.add_decayed_weights(1e-4)), PARAMS, C),
+    "wrong optimizer": lambda: l1inf.diagnose(optax.chain(optax.adam(1e-3), KEEP), PARAMS, C),
+    "output layer": lambda: l1inf.diagnose(l1inf.keep_params_in_l1inf_ball(1.0), PARAMS, 1.0),
+    "starts outside": lambda: l1inf.diagnose(SGD, with_hidden_0(layer(8, 4, 1.0)), C),
+    "left the ball": applied_twice,
+    "not finite": lambda: l1inf.diagnose(SGD, with_hidden_0(layer(8, 4, jnp.nan)), C),
+    "c too small": lambda: l1inf.diagnose(
+        l1inf.keep_params_in_l1inf_ball(DEEP),
+        {**numbered([4, 4, 4, 4], 0.01), "readout": layer(4, 1)},
+        DEEP,
+    ),
+    "c too large": lambda: l1inf.diagnose(
+        l1inf.keep_params_in_l1inf_ball({"hidden_*": 10.0}), PARAMS, {"hidden_*": 10.0}
+    ),
+    "dead units": lambda: l1inf.diagnose(SGD, with_hidden_0(layer(8, 4, 0.0)), C),
+    "bias takes c": lambda: l1inf.diagnose(SGD, with_hidden_0(layer(8, 4, 0.005, bias=0.95)), C),
+    "batch norm": lambda: l1inf.diagnose(
+        SGD, {**PARAMS, "BatchNorm_0": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, C
+    ),
+    "step too long": step_too_long,
+}
+
+
+def words(text):
+    return " ".join(text.split())
+
+
+def shown_under(heading):
+    sections = re.split(r"^## ", PAGE, flags=re.MULTILINE)[1:]
+    by_heading = {section.splitlines()[0].replace("`", "").lower(): section for section in sections}
+    assert heading in by_heading
+    return words(" ".join(re.findall(r"```text\n(.*?)```", by_heading[heading], re.DOTALL)))
+
+
+@pytest.mark.parametrize("mistake", ERRORS)
+def test_the_page_shows_the_error_of(mistake):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the page says what must match
+        ERRORS[mistake]()
+    assert shown_under(mistake) == words(f"ValueError: {error.value}")
+
+
+@pytest.mark.parametrize("mistake", FINDINGS)
+def test_the_page_shows_the_finding_of(mistake):
+    findings = FINDINGS[mistake]().findings
+    assert [finding.name for finding in findings] == [mistake]
+    assert shown_under(mistake) == words(str(findings[0]))
+
+
+def test_the_page_has_no_other_entries():
+    headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+    assert [h.replace("`", "").lower() for h in headings] == [*ERRORS, *FINDINGS]
+
+
+# --- no false alarms ------------------------------------------------------------------------------
+
+
+def nothing_wrong(tx, params, c, **kwargs):
+    diagnosis = l1inf.diagnose(tx, params, c, **kwargs)
+    assert not diagnosis.findings, str(diagnosis)
+    return diagnosis
+
+
+X = jnp.ones((1, 8))
+
+
+def linen_mlp():
+    return l1inf.linen.AugmentedMLP((16, 16, 3)).init(jax.random.key(0), X)
+
+
+def linen_cnn():
+    class CNN(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(4, (3, 3))(x)
+            x = nn.LayerNorm()(x).mean((1, 2))
+            return nn.Dense(4)(nn.Dense(6)(x))
+
+    return CNN().init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
+
+
+def nnx_mlp():
+    return nnx.state(l1inf.nnx.AugmentedMLP(8, (16, 3), rngs=nnx.Rngs(0)), nnx.Param)
+
+
+@pytest.mark.parametrize(
+    ("make", "c"),
+    [
+        (linen_mlp, {"hidden_*": 1.0}),
+        (linen_mlp, {"hidden_*": 1.0, "readout": 0.5}),
+        (linen_cnn, {"Dense_1": None, "*": 1.0}),
+        (nnx_mlp, {"hidden_*": optax.linear_schedule(1.0, 0.1, 10)}),
+    ],
+)
+def test_a_fresh_network_in_the_ball_is_well(make, c):
+    params = l1inf.project_params(make(), c)
+    nothing_wrong(optax.chain(optax.sgd(0.1, momentum=0.9), l1inf.keep_params_in_l1inf_ball(c)),
+                  params, c)  # fmt: skip
+    nothing_wrong(l1inf.constrain(optax.adam(1e-3), c), params, c)
+
+
+def test_a_step_of_a_healthy_network_is_well():
+    nothing_wrong(SGD, PARAMS, C, grads=UNEVEN)
+
+
+def test_the_network_that_the_readme_trains_is_well():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0], names)
+    tx, params, state, c = (names[key] for key in ("tx", "params", "state", "c"))
+    nothing_wrong(tx, params, c, state=state, grads=names["gradient"](params))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.named_chain(("sgd", optax.sgd(0.1)), ("ball", KEEP)),
+        optax.chain(optax.clip_by_global_norm(1.0), optax.chain(optax.sgd(0.1), KEEP)),
+        optax.apply_if_finite(SGD, 3),
+        optax.MultiSteps(SGD, 2),
+        optax.partition(
+            {"ball": SGD, "free": optax.adam(1e-3)},
+            {"hidden_0": "ball", "hidden_1": "ball", "readout": "free"},
+        ),
+        optax.chain(
+            optax.masked(optax.adam(1e-3), {"hidden_0": False, "hidden_1": False, "readout": True}),
+            KEEP,
+        ),
+    ],
+    ids=["named_chain", "nested chain", "apply_if_finite", "MultiSteps", "partition", "masked"],
+)
+def test_a_projection_that_is_last_inside_a_wrapper_is_well(tx):
+    nothing_wrong(tx, PARAMS, C)
+
+
+# --- what else it sees ----------------------------------------------------------------------------
+
+
+def names_found(*args, **kwargs):
+    return [finding.name for finding in l1inf.diagnose(*args, **kwargs).findings]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.named_chain(("ball", KEEP), ("sgd", optax.sgd(0.1))),
+        optax.chain(optax.chain(optax.sgd(0.1), KEEP), optax.clip(1.0)),
+        optax.chain(l1inf.constrain(optax.adam(1e-3), C), optax.scale(0.5)),
+        optax.MultiSteps(optax.chain(KEEP, optax.sgd(0.1)), 2),
+    ],
+)
+def test_a_link_after_the_projection_is_found_in_chains_of_any_kind(tx):
+    assert names_found(tx, PARAMS, C) == ["not last"]
+
+
+def test_a_wrapper_that_moves_the_parameters_out_is_found_by_a_step():
+    def update(*args):
+        updates, state = SGD.update(*args)
+        return jax.tree.map(lambda x: 2 * x, updates), state
+
+    twice = optax.GradientTransformation(SGD.init, update)
+    assert names_found(twice, PARAMS, C, grads=UNEVEN) == ["not last"]
+
+
+@pytest.mark.parametrize("optimizer", [optax.adamw, optax.rmsprop, optax.lion, optax.adafactor])
+def test_optimizers_that_do_not_step_along_the_gradient_are_found(optimizer):
+    tx = optax.chain(optimizer(1e-3), KEEP)
+    assert names_found(tx, PARAMS, C) == ["wrong optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"), [([8, 4, 4, 1], ["Dense_2"]), ([4, 8, 4], []), ([8, 4], [])]
+)
+def test_the_last_of_numbered_layers_is_an_output_layer_if_nothing_can_follow_it(sizes, found):
+    params = numbered(sizes)
+    tx = l1inf.keep_params_in_l1inf_ball(1.0)
+    assert [path for f in l1inf.diagnose(tx, params, 1.0).findings for path in f.layers] == found
+
+
+def test_another_c_than_that_of_the_transformation_is_an_error():
+    with pytest.raises(ValueError, match=r"constrain hidden_0.*but tx constrains .*hidden_1"):
+        l1inf.diagnose(SGD, PARAMS, {"hidden_0": 1.0})
+
+
+# --- how it shows itself --------------------------------------------------------------------------
+
+
+def test_it_prints_what_is_constrained_and_free_and_errors_first():
+    tx = optax.chain(optax.adam(1e-3), KEEP, optax.scale(0.5))
+    lines = str(l1inf.diagnose(tx, PARAMS, C)).splitlines()
+    assert lines[:2] == ["constrained: hidden_0, hidden_1", "free: readout"]
+    starts = [line.split(".")[0] for line in lines[2:] if not line.startswith(" ")]
+    assert starts == ["error: not last", "warning: wrong optimizer in hidden_0, hidden_1"]
+    assert str(nothing_wrong(SGD, PARAMS, C)).endswith("nothing wrong found")
+
+
+def test_it_renders_as_html_with_names_escaped():
+    params = {"<hidden>": layer(8, 4, 1.0)}
+    tx = l1inf.keep_params_in_l1inf_ball(1.0)
+    text = l1inf.diagnose(tx, params, 1.0)._repr_html_()
+    assert "<hidden>" not in text
+    tags = []
+    parser = html.parser.HTMLParser()
+    parser.handle_starttag = lambda tag, _: tags.append(tag)
+    parser.feed(text)
+    assert tags == ["p", "br", "ul", "li", "b"]
