@@ -190,6 +190,11 @@ def check_certain(layer: Layer) -> None:
 def check_radii(c: Radii) -> None:
     """Raises a ValueError if a radius that is known now is not a positive number."""
     for radius in c.values() if isinstance(c, Mapping) else (c,):
+        if isinstance(radius, list | tuple):
+            raise ValueError(
+                f"c={radius!r} is a {type(radius).__name__}: give a number, or a mapping with "
+                "one for each layer, as in {'hidden_0': 1.0, 'hidden_1': 2.0}"
+            )
         if radius is not None and not callable(radius):
             check_radius(radius)
 

@@ -311,11 +311,13 @@ def _check_state(state: Any, kind: type) -> None:
 
 def _check_thresholds(thresholds: dict[str, jax.Array], wanted: dict[str, tuple[int, ...]]) -> None:
     has = {path: jnp.shape(x) for path, x in thresholds.items()}
-    if has != wanted:
-        raise ValueError(
-            f"state is for columns of {has}, but c, layers and params ask for {wanted}: "
-            "take the state from init(params) of this transformation, with these params"
-        )
+    for path in sorted(has | wanted):
+        if has.get(path) != wanted.get(path):
+            raise ValueError(
+                f"state has thresholds of shape {has.get(path)} for {path!r}, but c, layers and "
+                f"params ask for {wanted.get(path)}: take the state from init(params) of this "
+                "transformation, with these params"
+            )
 
 
 def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:

@@ -299,7 +299,7 @@ def _outside(setup: _Setup) -> Iterator[Finding]:
             "error",
             tuple(outside),
             f"{seen}, but tx has kept them inside at each of {setup.step} updates: something else "
-            "moves them, such as an update applied twice, weight decay outside tx, or a cast.",
+            "moves them, such as an update applied twice, noise, or a cast to another dtype.",
             "Let nothing but optax.apply_updates(params, updates), once for each update, change "
             "them.",
         )

@@ -26,7 +26,9 @@ def layer(inputs, units, weight=None, bias=0.0):
 
 PARAMS = {"hidden_0": layer(8, 4), "hidden_1": layer(4, 4), "readout": layer(4, 1)}
 GRADS = jax.tree.map(jnp.ones_like, PARAMS)
-UNEVEN = jax.tree.map(lambda x: jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape), PARAMS)
+UNEVEN = jax.tree.map(  # biases without a gradient
+    lambda x: jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape) * (x.ndim > 1), PARAMS
+)
 C = {"hidden_*": 1.0}
 KEEP = l1inf.keep_params_in_l1inf_ball(C)
 SGD = optax.chain(optax.sgd(0.1), KEEP)

@@ -640,3 +640,26 @@ def test_integer_weights_are_an_error():
     params = {"kernel": jnp.ones((3, 2), jnp.int32)}
     with pytest.raises(ValueError, match="int32"):
         l1inf.project_params(params, 1.0)
+
+
+@pytest.mark.parametrize("make", [lambda: KEEP(1.0), lambda: l1inf.constrain(optax.sgd(0.1), 1.0)])
+def test_the_state_of_something_else_is_an_error(make):
+    params, wider = (dense(np.random.default_rng(0), m=m) for m in (12, 13))
+    tx = make()
+    with pytest.raises(ValueError, match=r"is a dict, not the .*update\(updates, state, params\)"):
+        tx.update(params, params, params)
+    with pytest.raises(ValueError, match=r"shape \(13,\) for 'layer/kernel', .* ask for \(12,\)"):
+        tx.update(params, tx.init(wider), params)
+
+
+@pytest.mark.parametrize("inner", [KEEP(1.0), l1inf.constrain(optax.sgd(0.1), 1.0)])
+@pytest.mark.parametrize("metric", ["auto", "euclidean"])
+def test_a_projection_inside_constrain_is_an_error(inner, metric):
+    tx = l1inf.constrain(optax.chain(optax.sgd(0.1), inner), 1.0, metric=metric)
+    with pytest.raises(ValueError, match="keeps its parameters in a ball already"):
+        tx.init(dense(np.random.default_rng(0)))
+
+
+def test_a_radius_in_a_list_is_an_error():
+    with pytest.raises(ValueError, match=r"c=\[1.0, 2.0\] is a list: give a number, or a mapping"):
+        KEEP([1.0, 2.0])
