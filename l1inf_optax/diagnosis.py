@@ -11,20 +11,23 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
 from l1inf_optax import _layers, _metric
-from l1inf_optax._layers import Layer, Layers, Radii
+from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._transform import ConstrainState, KeepParamsInL1InfBallState, ball_states
+
+Constrained = list[tuple[Layer, Radius]]
 
 _OUTPUT_NAMES = {"classifier", "head", "lm_head", "logits", "output", "output_layer", "readout"}
 _BATCH_NORM = re.compile(r"batch_?norm|(^|_)bn(_?\d|$)", re.IGNORECASE)
 _LEAST_SIGNAL = 1e-3  # what is left of an input's differences after constrained layers in a row
 _MOST_BIAS = 0.9  # of a column's norm
+_ROUNDED = 1 + 1e-5  # a schedule's float32 depends on how it is compiled
 _SEVERAL = 4  # entries of a column that a step should not reduce to one
 
 
@@ -129,81 +132,93 @@ def diagnose(
           learned. Use l1inf.constrain(optimizer, c), which projects in the optimizer's own metric,
           or says that there is none.
     """
+    _layers.check_radii(c)
     state = tx.init(params) if state is None else state
     balls = ball_states(state)
-    _layers.check_radii(c)
+    found = _layers.find_layers(params, layers)
+    constrained = _layers.constrained_layers(params, c, layers)
+    _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
-    setup = _Setup.of(params, c, layers, step)
-    _check_same(balls, setup)
+    columns = _columns(params, constrained, max(step - 1, 0))  # where the last update left them
     findings = [
         *_not_kept(balls),
         *_not_last(state),
-        *_not_finite(setup, grads),
-        *_outside(setup),
-        *_optimizer(state, setup),
-        *_output_layer(setup, c),
-        *_small_c(setup),
-        *_large_c(setup),
-        *_dead_units(setup),
-        *_biases(setup),
-        *_batch_norm(setup),
+        *_not_finite(columns, "parameters"),
+        *_outside(columns, step),
+        *_optimizer(state, constrained),
+        *_output_layer(found, constrained, c),
+        *_small_c(columns),
+        *_large_c(columns),
+        *_dead_units(columns),
+        *_biases(columns),
+        *_batch_norm(params, constrained),
     ]
     if grads is not None:
+        findings += _not_finite(_columns(grads, constrained, step), "gradients")
         updates, _ = jax.jit(tx.update)(grads, state, params)
-        after = dataclasses.replace(setup, params=optax.apply_updates(params, updates))
-        findings += [*_step(setup, after, bool(balls))]
+        stepped = optax.apply_updates(params, updates)
+        findings += _step(
+            columns, _columns(stepped, constrained, step), seen=not balls or _links_after(state) > 0
+        )
     findings.sort(key=lambda finding: finding.severity)
-    constrained = tuple(layer.path for layer, _ in setup.constrained)
-    free = tuple(layer.path for layer in setup.found if layer.path not in constrained)
-    return Diagnosis(tuple(findings), constrained, free)
+    paths = tuple(layer.path for layer, _ in constrained)
+    free = tuple(layer.path for layer in found if layer.path not in paths)
+    return Diagnosis(tuple(findings), paths, free)
 
 
 # --- what is looked at ----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """The layers at one step.
+class _Columns(NamedTuple):
+    """A constrained layer at one step.
 
     Attributes:
-        params: The parameters.
-        found: All layers.
-        constrained: Those that are constrained, each with its radius as a number or an array.
-        step: The number of updates so far.
+        layer: Where it is.
+        c: Its radius, or one for each column.
+        bias: Magnitudes of the biases, in one row or none.
+        weights: Magnitudes of the weights, in rows.
     """
 
-    params: Any
-    found: list[Layer]
-    constrained: list[tuple[Layer, np.ndarray]]
-    step: int
+    layer: Layer
+    c: np.ndarray
+    bias: np.ndarray
+    weights: np.ndarray
 
-    @classmethod
-    def of(cls, params: Any, c: Radii, layers: Layers, step: int) -> "_Setup":
-        constrained = [
-            (layer, np.asarray(radius(step) if callable(radius) else radius, np.float64))
-            for layer, radius in _layers.constrained_layers(params, c, layers)
-        ]
-        return cls(params, _layers.find_layers(params, layers), constrained, step)
+    @property
+    def norms(self) -> np.ndarray:
+        return self.bias.sum(0) + self.weights.sum(0)
 
-    def matrices(self) -> Iterator[tuple[Layer, np.ndarray, np.ndarray, np.ndarray]]:
-        """Each constrained layer, its radius, and magnitudes of biases and weights, rows first."""
-        leaves, _ = _layers.flatten(self.params)
-        for layer, c in self.constrained:
-            *bias, kernel = (
-                np.moveaxis(
-                    np.abs(np.asarray(x, np.float64)),
-                    layer.reduction_axes,
-                    range(len(layer.reduction_axes)),
-                ).reshape(-1, *layer.columns_shape)
-                for x in layer.columns(leaves)
-            )
-            first = int(layer.has_bias_row)
-            yield layer, c, np.concatenate([*bias, kernel[:first]]), kernel[first:]
+    @property
+    def entries(self) -> np.ndarray:
+        """How many entries of each column are not zero."""
+        return np.sum(self.bias > 0, 0) + np.sum(self.weights > 0, 0)
 
 
-def _check_same(balls: Sequence[KeepParamsInL1InfBallState], setup: _Setup) -> None:
+def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]:
+    leaves, _ = _layers.flatten(params)
+
+    def rows(layer: Layer, x: Any) -> np.ndarray:
+        magnitudes, axes = np.abs(np.asarray(x, np.float64)), layer.reduction_axes
+        return np.moveaxis(magnitudes, axes, range(len(axes))).reshape(-1, *layer.columns_shape)
+
+    columns = []
+    for layer, radius in constrained:
+        c = np.asarray(_at(radius, step), np.float64)
+        if callable(radius):
+            c = c * _ROUNDED
+        *bias, kernel = (rows(layer, x) for x in layer.columns(leaves))
+        first = int(layer.has_bias_row)
+        columns.append(_Columns(layer, c, np.concatenate([*bias, kernel[:first]]), kernel[first:]))
+    return columns
+
+
+def _at(radius: Any, step: int) -> Any:
+    return radius(step) if callable(radius) else radius
+
+
+def _check_same(balls: Sequence[KeepParamsInL1InfBallState], constrained: Constrained) -> None:
     kept = {path for ball in balls for path in ball.thresholds}
-    told = {layer.leaf_path for layer, _ in setup.constrained}
+    told = {layer.leaf_path for layer, _ in constrained}
     if balls and kept != told:
         raise ValueError(
             f"c and layers constrain {_some(sorted(told))}, but tx constrains "
@@ -251,7 +266,7 @@ def _links_after(state: Any) -> int:
     return after + max(_links_after(parts[i]) for i in holds)
 
 
-def _optimizer(state: Any, setup: _Setup) -> Iterator[Finding]:
+def _optimizer(state: Any, constrained: Constrained) -> Iterator[Finding]:
     def ends(x: Any) -> bool:
         return isinstance(x, ConstrainState) or type(x).__name__ in _metric.UNEUCLIDEAN
 
@@ -263,7 +278,7 @@ def _optimizer(state: Any, setup: _Setup) -> Iterator[Finding]:
             # Where it does not step, `optax.partition` and `optax.masked` have put a MaskedNode.
             steps_in = {
                 layer.path
-                for layer, _ in setup.constrained
+                for layer, _ in constrained
                 if hasattr(moments.get(layer.leaf_path), "shape")
             }
             paths |= steps_in
@@ -283,22 +298,23 @@ def _optimizer(state: Any, setup: _Setup) -> Iterator[Finding]:
 # --- the parameters -------------------------------------------------------------------------------
 
 
-def _outside(setup: _Setup) -> Iterator[Finding]:
-    outside, most = [], 0.0
-    for layer, c, bias, weights in setup.matrices():
-        excess = (bias.sum(0) + weights.sum(0)) / c
-        if (excess > 1).any():
-            outside.append(layer.path)
-            most = max(most, float(excess[np.isfinite(excess)].max(initial=0)))
+def _outside(columns: list[_Columns], step: int) -> Iterator[Finding]:
+    outside, most = [], 1.0
+    for x in columns:
+        excess = x.norms / x.c
+        largest = excess[np.isfinite(excess)].max(initial=0)
+        if largest > 1:
+            outside.append(x.layer.path)
+            most = max(most, float(largest))
     if not outside:
         return
-    seen = f"Columns are outside the ball, with norms of up to {most:.6g} times c"
-    if setup.step:
+    seen = f"Columns are outside the ball, by up to {most - 1:.2g} c"
+    if step:
         yield Finding(
             "left the ball",
             "error",
             tuple(outside),
-            f"{seen}, but tx has kept them inside at each of {setup.step} updates: something else "
+            f"{seen}, but tx has kept them inside at each of {step} updates: something else "
             "moves them, such as an update applied twice, noise, or a cast to another dtype.",
             "Let nothing but optax.apply_updates(params, updates), once for each update, change "
             "them.",
@@ -313,35 +329,27 @@ def _outside(setup: _Setup) -> Iterator[Finding]:
         )
 
 
-def _not_finite(setup: _Setup, grads: Any) -> Iterator[Finding]:
-    for what, tree in (("parameters", setup.params), ("gradients", grads)):
-        here = dataclasses.replace(setup, params=tree)
-        paths = (
-            []
-            if tree is None
-            else [
-                layer.path
-                for layer, _, bias, weights in here.matrices()
-                if not (np.isfinite(bias).all() and np.isfinite(weights).all())
-            ]
+def _not_finite(columns: list[_Columns], what: str) -> Iterator[Finding]:
+    paths = [x.layer.path for x in columns if not np.isfinite(x.norms).all()]
+    if paths:
+        yield Finding(
+            "not finite",
+            "error",
+            tuple(paths),
+            f"There are NaN or infinite {what}: training has diverged, or the data hold some. "
+            "A NaN stays in its column for good.",
+            "Look for them in the data, lower the learning rate, and go on from parameters "
+            "that are finite.",
         )
-        if paths:
-            yield Finding(
-                "not finite",
-                "error",
-                tuple(paths),
-                f"There are NaN or infinite {what}: training has diverged, or the data hold some. "
-                "A NaN stays in its column for good.",
-                "Look for them in the data, lower the learning rate, and go on from parameters "
-                "that are finite.",
-            )
 
 
-def _output_layer(setup: _Setup, c: Radii) -> Iterator[Finding]:
+def _output_layer(found: list[Layer], constrained: Constrained, c: Radii) -> Iterator[Finding]:
     """An output layer that is constrained without having been named."""
     named = tuple(f"/{pattern}" for pattern in c) if isinstance(c, Mapping) else ()
-    paths = [layer.path for layer, _ in setup.constrained]
-    suspects = [path for path in paths if _last(path).lower() in _OUTPUT_NAMES] or _highest(setup)
+    paths = [layer.path for layer, _ in constrained]
+    suspects = [path for path in paths if _last(path).lower() in _OUTPUT_NAMES]
+    if not suspects and len(found) == len(constrained) > 1:
+        suspects = _highest(found)
     suspects = [path for path in suspects if not f"/{path}".endswith(named)]
     if suspects:
         yield Finding(
@@ -350,35 +358,33 @@ def _output_layer(setup: _Setup, c: Radii) -> Iterator[Finding]:
             tuple(suspects),
             "This looks like the output layer, and c constrains it along with the others: the "
             "outputs cannot grow to the size of the targets. The paper leaves it free.",
-            f"Leave it out, as in c={{{_last(suspects[0])!r}: None, '*': 1.0}}; or name it in c if "
+            f"Leave it out, as in c={{{suspects[0]!r}: None, '*': 1.0}}; or name it in c if "
             "it is meant.",
         )
 
 
-def _highest(setup: _Setup) -> list[str]:
+def _highest(found: list[Layer]) -> list[str]:
     """The last of numbered layers, if they are the whole network and nothing can follow it."""
-    names = [re.fullmatch(r"(.*?)(\d+)", layer.path) for layer in setup.found]
-    if len(setup.constrained) < max(2, len(setup.found)) or not all(names):
-        return []
-    if len({_parent(layer.path) for layer in setup.found}) > 1:
+    names = [re.fullmatch(r"(.*?)(\d+)", layer.path) for layer in found]
+    if not all(names) or len({_parent(layer.path) for layer in found}) > 1:
         return []
     numbered = [
         (match[1], int(match[2]), layer)
-        for match, layer in zip(names, setup.found, strict=True)
+        for match, layer in zip(names, found, strict=True)
         if match and len(layer.shape) == 2
     ]
     if len({prefix for prefix, _, _ in numbered}) != 1:
         return []
     last = max(numbered, key=lambda x: x[1])[2]
-    taken = {_inputs(layer) for layer in setup.found}
+    taken = {_inputs(layer) for layer in found}
     return [] if _units(last) in taken else [last.path]
 
 
-def _small_c(setup: _Setup) -> Iterator[Finding]:
+def _small_c(columns: list[_Columns]) -> Iterator[Finding]:
     """Layers in a row that let through next to nothing of what inputs differ by."""
     row: list[Layer] = []
     signal = 1.0
-    for layer, c in sorted(setup.constrained, key=lambda x: _natural(x[0].path)):
+    for layer, c, *_ in sorted(columns, key=lambda x: _natural(x.layer.path)):
         follows = row and _inputs(layer) == _units(row[-1])
         if not follows or _parent(layer.path) != _parent(row[-1].path):
             row, signal = [], 1.0
@@ -397,12 +403,8 @@ def _small_c(setup: _Setup) -> Iterator[Finding]:
             return
 
 
-def _large_c(setup: _Setup) -> Iterator[Finding]:
-    used = [
-        float(((bias.sum(0) + weights.sum(0)) / c).max(initial=0))
-        for _, c, bias, weights in setup.matrices()
-        if np.isfinite(c).all()
-    ]
+def _large_c(columns: list[_Columns]) -> Iterator[Finding]:
+    used = [float((x.norms / x.c).max(initial=0)) for x in columns if np.isfinite(x.c).all()]
     if used and max(used) < 0.5:
         yield Finding(
             "c too large",
@@ -414,12 +416,8 @@ def _large_c(setup: _Setup) -> Iterator[Finding]:
         )
 
 
-def _dead_units(setup: _Setup) -> Iterator[Finding]:
-    paths = [
-        layer.path
-        for layer, _, bias, weights in setup.matrices()
-        if 2 * np.sum(bias.sum(0) + weights.sum(0) == 0) >= math.prod(layer.columns_shape)
-    ]
+def _dead_units(columns: list[_Columns]) -> Iterator[Finding]:
+    paths = [x.layer.path for x in columns if 2 * np.sum(x.norms == 0) >= x.norms.size]
     if paths:
         yield Finding(
             "dead units",
@@ -432,12 +430,11 @@ def _dead_units(setup: _Setup) -> Iterator[Finding]:
         )
 
 
-def _biases(setup: _Setup) -> Iterator[Finding]:
+def _biases(columns: list[_Columns]) -> Iterator[Finding]:
     paths = [
-        layer.path
-        for layer, _, bias, weights in setup.matrices()
-        if 2 * np.sum(bias.sum(0) > _MOST_BIAS * (bias.sum(0) + weights.sum(0)))
-        > math.prod(layer.columns_shape)
+        x.layer.path
+        for x in columns
+        if 2 * np.sum(x.bias.sum(0) > _MOST_BIAS * x.norms) > x.norms.size
     ]
     if paths:
         yield Finding(
@@ -450,16 +447,14 @@ def _biases(setup: _Setup) -> Iterator[Finding]:
         )
 
 
-def _batch_norm(setup: _Setup) -> Iterator[Finding]:
+def _batch_norm(params: Any, constrained: Constrained) -> Iterator[Finding]:
     widths = set()
-    for path, leaf in _layers.named_leaves(setup.params):
+    for path, leaf in _layers.named_leaves(params):
         module = _parent(path)
         if _BATCH_NORM.search(_last(module)):
             widths.add((_parent(module), np.size(leaf)))
     paths = [
-        layer.path
-        for layer, _ in setup.constrained
-        if (_parent(layer.path), _units(layer)) in widths
+        layer.path for layer, _ in constrained if (_parent(layer.path), _units(layer)) in widths
     ]
     if paths:
         yield Finding(
@@ -476,23 +471,23 @@ def _batch_norm(setup: _Setup) -> Iterator[Finding]:
 # --- one step -------------------------------------------------------------------------------------
 
 
-def _step(before: _Setup, after: _Setup, kept: bool) -> Iterator[Finding]:
-    """What one step with real gradients does."""
-    outside, collapsed = [], []
-    for (layer, _, *start), (_, c, *end) in zip(before.matrices(), after.matrices(), strict=True):
-        v, w = np.concatenate(start), np.concatenate(end)
-        if (w.sum(0) > c).any():
-            outside.append(layer.path)
-        several = np.sum(v > 0, 0) >= _SEVERAL
-        if 2 * np.sum(several & (np.sum(w > 0, 0) <= 1)) > max(1, several.sum()):
-            collapsed.append(layer.path)
-    if kept and outside:
+def _step(before: list[_Columns], after: list[_Columns], *, seen: bool) -> Iterator[Finding]:
+    """What one step with real gradients does; ``seen`` if it is known to end outside the ball."""
+    left, collapsed = [], []
+    for v, w in zip(before, after, strict=True):
+        # A step of `optax.MultiSteps` may be none, and while c falls it is that of the last one.
+        if (v.norms <= v.c).all() and (w.norms > np.maximum(v.c, w.c)).any():
+            left.append(w.layer.path)
+        several = v.entries >= _SEVERAL
+        if 2 * np.sum(several & (w.entries <= 1)) > max(1, several.sum()):
+            collapsed.append(w.layer.path)
+    if left and not seen:
         yield Finding(
             "not last",
             "error",
-            tuple(outside),
-            "After a step there are columns outside the ball: what is around the projection, or "
-            "after it, changes the updates again.",
+            tuple(left),
+            "One step takes columns out of the ball: what is around the projection, or after it, "
+            "changes the updates again.",
             "Put it last: optax.chain(..., l1inf.keep_params_in_l1inf_ball(c)).",
         )
     if collapsed:
@@ -534,7 +529,7 @@ def _natural(path: str) -> list[Any]:
 def _some(paths: Sequence[str]) -> str:
     shown = [path or "(root)" for path in paths[:4]]
     more = [f"{len(paths) - 4} more"] if len(paths) > 4 else []
-    return ", ".join([*shown, *more]) or "nothing"
+    return ", ".join([*shown, *more]) or "none"
 
 
 def _where(paths: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """Each mistake is made here, and what the user then sees is what the troubleshooting page shows."""
 
+import doctest
 import html.parser
 import itertools
 import re
@@ -140,6 +141,11 @@ def test_the_page_shows_the_finding_of(mistake):
     assert shown_under(mistake) == words(str(findings[0]))
 
 
+def test_the_example_on_the_page_runs():
+    example = doctest.DocTestParser().get_doctest(PAGE, {}, "troubleshooting.md", None, 0)
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
 def test_the_page_has_no_other_entries():
     headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     assert [h.replace("`", "").lower() for h in headings] == [*ERRORS, *FINDINGS]
@@ -158,7 +164,7 @@ X = jnp.ones((1, 8))
 
 
 def linen_mlp():
-    return l1inf.linen.AugmentedMLP((16, 16, 3)).init(jax.random.key(0), X)
+    return l1inf.linen.AugmentedMLP((16, 3)).init(jax.random.key(0), X)
 
 
 def linen_cnn():
@@ -167,7 +173,7 @@ def linen_cnn():
         def __call__(self, x):
             x = nn.Conv(4, (3, 3))(x)
             x = nn.LayerNorm()(x).mean((1, 2))
-            return nn.Dense(4)(nn.Dense(6)(x))
+            return nn.Dense(4)(x)
 
     return CNN().init(jax.random.key(0), jnp.ones((1, 8, 8, 2)))
 
@@ -181,7 +187,7 @@ def nnx_mlp():
     [
         (linen_mlp, {"hidden_*": 1.0}),
         (linen_mlp, {"hidden_*": 1.0, "readout": 0.5}),
-        (linen_cnn, {"Dense_1": None, "*": 1.0}),
+        (linen_cnn, {"Dense_*": None, "*": 1.0}),
         (nnx_mlp, {"hidden_*": optax.linear_schedule(1.0, 0.1, 10)}),
     ],
 )
@@ -194,6 +200,18 @@ def test_a_fresh_network_in_the_ball_is_well(make, c):
 
 def test_a_step_of_a_healthy_network_is_well():
     nothing_wrong(SGD, PARAMS, C, grads=UNEVEN)
+
+
+def test_a_network_whose_c_falls_is_well():
+    c = {"hidden_*": optax.exponential_decay(1.0, 1, 0.7)}
+    tx = optax.MultiSteps(optax.chain(optax.sgd(0.1), l1inf.keep_params_in_l1inf_ball(c)), 2)
+    params, state = PARAMS, tx.init(PARAMS)
+    update = jax.jit(tx.update)
+    for _ in range(5):
+        nothing_wrong(tx, params, c, state=state)
+        updates, state = update(UNEVEN, state, params)
+        params = optax.apply_updates(params, updates)
+    nothing_wrong(tx, params, c, state=state, grads=UNEVEN)
 
 
 def test_the_network_that_the_readme_trains_is_well():
