@@ -42,8 +42,8 @@ def open_checkpoints(
 
     Yields:
         The last state that can be read, None if there is none yet, and the function that keeps one.
-        An interrupt waits until that function returns, and a `KeyboardInterrupt` that ends the
-        context until the last checkpoint is on the disk; then it says where the run goes on.
+        An interrupt never comes while Orbax reads or writes. A `KeyboardInterrupt` that ends the
+        context says from which step the run goes on.
 
     Raises:
         OptionError: the folder holds checkpoints of another run, or none of them can be read.
@@ -64,20 +64,25 @@ def open_checkpoints(
             with _uninterrupted():
                 manager.save(snapshot.history[-1].step, args=items)
 
-        with _uninterrupted():  # half a checkpoint read would pass for a damaged one
+        with _uninterrupted():
             last = _last_whole(manager, folder, run)
         try:
-            yield last, keep
-            manager.wait_until_finished()
+            try:
+                yield last, keep
+            finally:
+                with _uninterrupted():
+                    manager.wait_until_finished()
         except KeyboardInterrupt:
-            manager.wait_until_finished()
             step = manager.latest_step() or 0
             raise KeyboardInterrupt(f"the same command goes on from step {step}") from None
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Raises a `KeyboardInterrupt` only after what is inside: Orbax may not survive one."""
+    """Raises a `KeyboardInterrupt` only after what is inside.
+
+    In the middle of Orbax it would close the event loop under threads that still report to it.
+    """
     if threading.current_thread() is not threading.main_thread():  # signals go to that one
         yield
         return
