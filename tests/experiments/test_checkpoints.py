@@ -198,8 +198,9 @@ def assert_saved(out, expected, **tolerance):
 def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
     stop_after(tmp_path / "checkpoints", 3)
     assert process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2).wait() == 0
-    # Programs for other numbers of devices round differently.
-    assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-4, atol=1e-6)
+    # For several devices XLA simplifies otherwise what reads the metric off Adam: its last bits
+    # differ, and so those of the projection. With SGD, or another metric, none would.
+    assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-5, atol=1e-6)
 
 
 def test_killing_a_run_at_any_time_changes_nothing(uninterrupted, tmp_path):
