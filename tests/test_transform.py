@@ -407,11 +407,11 @@ def test_zeros_are_held_from_the_update_that_was_asked_for(make):
     for start in (None, 3):
         params = l1inf.project_params(dense(np.random.default_rng(1)), 0.3)
         tx = make(hold_zeros_from=start)
-        state, update = tx.init(params), jax.jit(tx.update)
+        state = tx.init(params)
         rng = np.random.default_rng(2)
         history[start] = [params]
         for _ in range(8):
-            updates, state = update(like(rng, params, 1.0), state, params)
+            updates, state = tx.update(like(rng, params, 1.0), state, params)
             params = optax.apply_updates(params, updates)
             assert (norms(**params["layer"]) <= 0.3).all()
             history[start].append(params)
