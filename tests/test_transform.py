@@ -58,9 +58,7 @@ def test_parameters_are_feasible_after_every_step(dtype, updates_dtype):
     for scale in (1e-6, 1e-3, 0.3):
         rng = np.random.default_rng(0)
         params = dense(rng, dtype=DTYPES[dtype])
-        state = chained(scale).init(
-            jax.tree.map(lambda p: p.astype(DTYPES[updates_dtype]), params)
-        )
+        state = chained(scale).init(jax.tree.map(lambda p: p.astype(DTYPES[updates_dtype]), params))
         for _ in range(12):
             grads = like(rng, params, 1.0, DTYPES[updates_dtype])
             params, state = step(scale, params, state, grads)
