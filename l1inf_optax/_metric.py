@@ -87,6 +87,8 @@ UNEUCLIDEAN = {
 # A gradient so small that no second moment notices, and so large that its square, times what a
 # running mean takes of it, is a normal number.
 _NEXT_TO_NOTHING = 1e-15
+# Beyond these, largest gradients count as these: one of 1e38 would make nothing of all others.
+_SIZES = 1e-20, 1e10
 _SAMPLE = 4096  # entries of a leaf that tell its factor
 _CHOICES = (
     "Give metric='euclidean', which suits optimizers that step along the gradient itself, or a "
@@ -187,12 +189,18 @@ def slopes(
         )
     if not across_leaves or not _reduces(jax.make_jaxpr(step)(nothing, none, held).jaxpr):
         return moved
-    sizes = [jnp.max(jnp.abs(x), initial=0) for x in jax.tree.leaves((grads, first))]
-    scale = _NEXT_TO_NOTHING / jnp.maximum(functools.reduce(jnp.maximum, sizes), 1e-20)
+    sizes = [_largest_finite(x) for x in jax.tree.leaves((grads, first))]
+    largest = jnp.clip(functools.reduce(jnp.maximum, sizes), *_SIZES)
+    scale = _NEXT_TO_NOTHING / largest
     small_grads, small_first = jax.tree.map(lambda x: x * scale, (grads, first))
     linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, held)[0])
     longer = jax.tree.map(_longer, updates, linear, params)
     return jax.tree.map(jnp.multiply, moved, longer)
+
+
+def _largest_finite(x: jax.Array) -> jax.Array:
+    """The largest magnitude: what is not finite must not reach the factors of other leaves."""
+    return jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
 
 
 def _reduces(jaxpr: Any) -> bool:

@@ -559,6 +559,7 @@ def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=1)  # else its branches are compiled at every call
 def _column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, correctly rounded but for the last bit's last doubt."""
     a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))

@@ -164,6 +164,9 @@ def constrain(
     such as LARS: the projection is Euclidean. An optimizer that it does not know is an error, and
     so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon), which has no such metric.
 
+    `apply_if_finite` and `MultiSteps` may as well go around the result. Then a schedule for ``c``
+    counts the steps that are taken; inside, it counts those that are not, too.
+
     Args:
         optimizer: What to constrain. Nothing may be chained after the result.
         c: As in :func:`keep_params_in_l1inf_ball`.

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import l1inf_optax as l1inf
 from l1inf_optax import bounds
 from tests import complexity
-from tests.convolutions import CONVOLUTIONS
+from tests.modules import CONVOLUTIONS
 
 ARGUMENTS = {"n": 500, "m1": 1000, "k": 3, "c": 1.5, "rho": 1.0}
 REGRESSION = {**ARGUMENTS, "norm": 2.0, "delta": 0.05}
@@ -383,7 +383,7 @@ def unrolled(layer, params, shape):
 
 
 # Where no output sees all of the kernel, or the kernel meets an input twice: below, not equal.
-BELOW = ("input dilation", "mask")
+BELOW = ("input dilation, padding pairs", "mask")
 
 
 @pytest.mark.parametrize("name", [n for n in CONVOLUTIONS if "bfloat16" not in n])

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from l1inf_optax import linen
-from tests.convolutions import CONVOLUTIONS
+from tests.modules import CONVOLUTIONS, DENSE
 
 NAME = "augmented_kernel"
 NORMAL = nn.initializers.normal()
@@ -60,18 +60,7 @@ def assert_same_layer(layer, plain, x):
     assert_close(grads[NAME], augment(expected_grads)[NAME], out.dtype)
 
 
-@pytest.mark.parametrize("use_bias", [True, False])
-@pytest.mark.parametrize("batch", [(), (2, 3)])
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        {"param_dtype": jnp.float32},
-        {"param_dtype": jnp.bfloat16},
-        {"param_dtype": jnp.float16},
-        {"param_dtype": jnp.float32, "dtype": jnp.bfloat16},
-    ],
-    ids=["float32", "bfloat16", "float16", "float32 computed in bfloat16"],
-)
+@pytest.mark.parametrize(("batch", "use_bias", "dtypes"), DENSE)
 def test_dense_computes_what_flax_computes(dtypes, batch, use_bias):
     x = normal((*batch, 7), dtypes["param_dtype"])
     options = {"features": 4, "use_bias": use_bias, "bias_init": NORMAL, **dtypes}

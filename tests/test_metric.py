@@ -168,26 +168,37 @@ WRAPPED = {
 }
 
 
+def compiled(tx):
+    """For wrappers whose branches would be compiled at every step, or that jit might disturb."""
+    return tx._replace(update=jax.jit(tx.update))
+
+
 def train(tx, n=6, repeat=1, params=None):
-    """Parameters after n jitted updates, each gradient given ``repeat`` times."""
+    """Parameters after n updates, each gradient given ``repeat`` times.
+
+    Not compiled as a whole: then all optimizers share one compiled search.
+    """
     params = some_params() if params is None else params
-    state, update = tx.init(params), jax.jit(tx.update)
+    state = tx.init(params)
     for seed in range(n):
         for _ in range(repeat):
-            updates, state = update(some_grads(seed, params), state, params)
+            updates, state = tx.update(some_grads(seed, params), state, params)
             params = optax.apply_updates(params, updates)
     return params
 
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_a_wrapped_optimizer_is_constrained_like_a_bare_one(name):
-    expected, got = train(l1inf.constrain(ADAM, C)), train(l1inf.constrain(WRAPPED[name], C))
+    tx = l1inf.constrain(WRAPPED[name], C)
+    if name in ("MultiSteps", "apply_if_finite", "unsorted_partition", "inject_hyperparams"):
+        tx = compiled(tx)
+    expected, got = train(l1inf.constrain(ADAM, C)), train(tx)
     chex.assert_trees_all_close(got, expected, atol=2e-6)
     chex.assert_trees_all_equal(*(jax.tree.map(lambda x: x == 0, tree) for tree in (got, expected)))
 
 
 def test_accumulated_gradients_are_projected_when_they_are_applied():
-    tx = l1inf.constrain(optax.MultiSteps(ADAM, 2).gradient_transformation(), C)
+    tx = compiled(l1inf.constrain(optax.MultiSteps(ADAM, 2).gradient_transformation(), C))
     params = l1inf.project_params(some_params(), C)
     expected = train(l1inf.constrain(ADAM, C), params=params)
     chex.assert_trees_all_close(train(tx, repeat=2, params=params), expected, atol=2e-6)
@@ -441,7 +452,6 @@ def decaying(rate):
 COVERED = {
     "momentum": lambda: optax.sgd(decaying(0.02), momentum=0.97, nesterov=True),
     "adam": lambda: optax.adam(decaying(0.03)),
-    "adamw": lambda: optax.adamw(decaying(0.03), weight_decay=0.0),
     "nadam": lambda: optax.nadam(decaying(0.03)),
     "amsgrad": lambda: optax.amsgrad(decaying(0.3)),
     "adabelief": lambda: optax.adabelief(decaying(0.03)),

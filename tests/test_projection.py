@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -32,24 +33,24 @@ def one_entry_a_pass(n):
     return 1.0 - np.array(distance)
 
 
-# name: (column, c)
+# name: (column, c). Of few lengths, each of which is compiled.
 CASES = {
     "hangs_textbook_newton_equal_entries": ([1e6] * 8, 0.07),
     "hangs_textbook_newton_one_huge_entry": ([1e7], 0.07),
-    "hangs_textbook_newton_huge_above_small": ([3e6, 3e6, 1.0, 0.5], 0.07),
+    "hangs_textbook_newton_huge_above_small": ([3e6, 3e6, *[1.0, 0.5] * 3], 0.07),
     "hangs_textbook_newton_opposite_signs": ([-2.5e6, 2.5e6, 2.5e6], 0.07),
-    "all_entries_equal": ([0.3] * 7, 1.0),
-    "ties_at_the_threshold": ([3.0, 2.0, 1.0, 1.0, 1.0], 3.0),
-    "ties_above_the_threshold": ([2.0, 2.0, 2.0, -2.0, 0.1], 1.0),
-    "one_huge_entry": ([1e30, 1.0, -1.0, 0.5], 1.0),
+    "all_entries_equal": ([0.3] * 8, 1.0),
+    "ties_at_the_threshold": ([3.0, 2.0, *[1.0] * 6], 3.0),
+    "ties_above_the_threshold": ([2.0, 2.0, 2.0, -2.0, *[0.1] * 4], 1.0),
+    "one_huge_entry": ([1e30, *[1.0, -1.0] * 3, 0.5], 1.0),
     "huge_beside_tiny": ([1e30, 1e-30], 1.0),
     "huge_beside_tiny_huge_ball": ([1e30, 1e-30, 3e29], 1.1e30),
     "near_overflow": ([3e38] * 8, 1.0),
     "near_overflow_small_ball": ([3e38, 2.9e38], 1e-3),
     "near_overflow_large_ball": ([3e38] * 8, 1e38),
-    "subnormal": ([5e-39, -3e-39, 1e-40] * 5, 1.5e-38),
-    "subnormal_ball": ([1e-40] * 4, 2e-40),
-    "zeros": ([0.0] * 5, 1.0),
+    "subnormal": ([5e-39, -3e-39, 1e-40] * 11, 3.3e-38),
+    "subnormal_ball": ([1e-40] * 8, 4e-40),
+    "zeros": ([0.0] * 8, 1.0),
     "one_row_outside": ([-7.0], 0.1),
     "one_row_inside": ([0.05], 0.1),
     "ball_1e9_times_smaller": (np.linspace(-1, 1, 33), 16e-9),
@@ -63,9 +64,9 @@ CASES = {
     "a_hair_outside": ([0.5, -0.25, np.nextafter(np.float32(0.25), np.float32(1))], 1.0),
     "a_hair_inside": ([0.5, -0.25, np.nextafter(np.float32(0.25), np.float32(0))], 1.0),
     "outside_by_less_than_float64_sees": ([1.0, 1e-30], 1.0),
-    "one_entry_a_pass": (one_entry_a_pass(11), 1.0),
+    "one_entry_a_pass": (np.pad(one_entry_a_pass(11), (0, 22)), 1.0),
     "negative_zero": ([-0.0, 2.0, -3.0], 1.0),
-    "powers_of_two": (2.0 ** -np.arange(30), 1.25),
+    "powers_of_two": (2.0 ** -np.arange(33), 1.25),
 }
 
 
@@ -359,8 +360,11 @@ def test_newton_ends_within_its_theoretical_number_of_passes(n):
         assert passes <= np.log2(n) + 5 + 4, "and four to certify the result"
 
 
-@pytest.mark.parametrize("axis", [(), 0, 1, 2, -1, (0, 2), (1, 2), (0, 1, 2), (-1, 0)])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "axis"),
+    [("newton", axis) for axis in ((), 0, 1, 2, -1, (0, 2), (1, 2), (0, 1, 2), (-1, 0))]
+    + [("sort", axis) for axis in (1, (-1, 0), (0, 1, 2))],
+)
 def test_a_column_runs_along_any_axes(axis, method):
     x = np.random.default_rng(1).normal(size=(4, 5, 6)).astype(np.float32)
     axes = sorted(a % 3 for a in ((axis,) if isinstance(axis, int) else axis))
@@ -368,9 +372,7 @@ def test_a_column_runs_along_any_axes(axis, method):
     columns = x.transpose(*axes, *others).reshape(int(np.prod([x.shape[a] for a in axes])), -1)
     c = np.linspace(0.5, 3, columns.shape[1]).reshape([x.shape[a] for a in others])
     w = np.asarray(l1inf.projection_l1inf_ball(x, c, axis=axis, method=method))
-    expected = l1inf.projection_l1inf_ball(columns, c.ravel(), method=method)
-    result = w.transpose(*axes, *others).reshape(columns.shape)
-    np.testing.assert_allclose(result, expected, atol=4 * U)
+    check_projection(columns, c.ravel(), w.transpose(*axes, *others).reshape(columns.shape))
     norms = np.abs(x.astype(np.float64)).sum(tuple(axes))
     assert float(l1inf.l1inf_norm(x, axis=axis)) == pytest.approx(norms.max(), rel=1e-7)
 
@@ -379,13 +381,14 @@ def test_a_column_runs_along_any_axes(axis, method):
 def test_norm_is_correctly_rounded(dtype):
     x = jnp.asarray(np.random.default_rng(2).normal(size=(5000, 7)), dtype)
     exact = max(oracle.norm64(np.asarray(x, np.float64)[:, j]) for j in range(7))
-    assert l1inf.l1inf_norm(x).dtype == jnp.float32
-    assert abs(float(l1inf.l1inf_norm(x)) - exact) <= 2 * U * exact
+    norm = jax.jit(l1inf.l1inf_norm)(x)
+    assert norm.dtype == jnp.float32
+    assert abs(float(norm) - exact) <= 2 * U * exact
 
 
 def test_norm_of_a_projection_never_reads_more_than_the_radius():
     x, c = random_columns(np.random.default_rng(11))
-    w = l1inf.projection_l1inf_ball(x, c)
+    w = np.asarray(l1inf.projection_l1inf_ball(x, c))
     for j in range(x.shape[1]):
         assert l1inf.l1inf_norm(w[:, j]) <= c[j]
 
@@ -426,8 +429,9 @@ def test_a_traced_float64_radius_is_respected_by_float32_columns():
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("weighted", "method"), [(False, "newton"), (True, "newton"), (True, "sort")]
+)
 def test_derivatives_match_finite_differences(method, weighted):
     rng = np.random.default_rng(9)
     x = rng.normal(size=(12, 4))
@@ -440,37 +444,44 @@ def test_derivatives_match_finite_differences(method, weighted):
     check_grads(project, (x, c, metric), order=1, modes=["fwd", "rev"], eps=1e-6)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def derivatives(project, x, c, tangent):
+    _, forward = jax.jvp(lambda x: project(x, c), (x,), (tangent,))
+    return forward, jax.grad(lambda x: project(x, c) @ tangent)(x)
+
+
 @pytest.mark.parametrize("c", [0.7, 5.0, 1e3])
 def test_derivative_of_one_column_is_that_of_the_optax_projection(c):
     x = jnp.asarray(np.random.default_rng(4).normal(size=30).astype(np.float32))
     tangent = jnp.asarray(np.random.default_rng(5).normal(size=30).astype(np.float32))
 
-    def derivatives(project):
-        _, forward = jax.jvp(project, (x,), (tangent,))
-        return forward, jax.grad(lambda x: project(x) @ tangent)(x)
-
-    ours = derivatives(lambda x: l1inf.projection_l1inf_ball(x, c))
-    theirs = derivatives(lambda x: optax.projections.projection_l1_ball(x, c))
+    ours = derivatives(l1inf.projection_l1inf_ball, x, c, tangent)
+    theirs = derivatives(optax.projections.projection_l1_ball, x, c, tangent)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 def test_derivative_in_the_radius_is_the_signs_over_the_supports_size():
     x = jnp.array([3.0, -2.0, 0.1, 0.0])
-    derivative = jax.jacobian(lambda c: l1inf.projection_l1inf_ball(x, c))(1.5)
+    derivative = jax.jit(jax.jacobian(lambda c: l1inf.projection_l1inf_ball(x, c)))(1.5)
     np.testing.assert_allclose(derivative, [0.5, -0.5, 0, 0])
 
 
 def test_second_derivatives_vanish_away_from_kinks():
     x = jnp.asarray(np.random.default_rng(4).normal(size=6).astype(np.float32))
-    hessian = jax.hessian(lambda x: l1inf.projection_l1inf_ball(x, 1.0).sum())(x)
+    hessian = jax.jit(jax.hessian(lambda x: l1inf.projection_l1inf_ball(x, 1.0).sum()))(x)
     np.testing.assert_array_equal(hessian, np.zeros((6, 6)))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_derivatives_keep_16_bit_dtypes(dtype):
     x = jnp.array([3.0, -2.0, 0.1], dtype)
-    gradient = jax.grad(lambda x: l1inf.projection_l1inf_ball(x, 1.0)[0])(x)
+    gradient = jax.jit(jax.grad(lambda x: l1inf.projection_l1inf_ball(x, 1.0)[0]))(x)
     assert gradient.dtype == dtype
+
+
+@jax.jit
+def jacobian(x, c, metric):
+    return jax.jacobian(lambda x: l1inf.projection_l1inf_ball(x, c, metric=metric))(x)
 
 
 @pytest.mark.parametrize(
@@ -484,12 +495,10 @@ def test_derivatives_keep_16_bit_dtypes(dtype):
 def test_derivatives_with_a_16_bit_metric_are_those_with_its_values_in_32_bits(x, d, c):
     x, d = jnp.array(x), jnp.array(d, jnp.float16)
 
-    def derivative(d):
-        return jax.jacobian(lambda x: l1inf.projection_l1inf_ball(x, c, metric=d))(x)
-
-    np.testing.assert_allclose(derivative(d), derivative(d.astype(jnp.float32)), rtol=1e-6)
+    got, expected = (jacobian(x, c, d) for d in (d, d.astype(jnp.float32)))
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
     # On the sphere: what one entry of the support gains the others lose.
-    np.testing.assert_allclose(derivative(d).sum(0), 0, atol=1e-6)
+    np.testing.assert_allclose(got.sum(0), 0, atol=1e-6)
 
 
 def test_vmap_over_matrices_and_radii_is_the_loop():

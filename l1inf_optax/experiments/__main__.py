@@ -15,6 +15,7 @@ one speaks for all.
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 on success. Wrong options, bad data and missing packages end in one line on standard
-        error and ``SystemExit(2)``, as `argparse` has it.
+        error and ``SystemExit(2)``, as `argparse` has it; an interrupt ends in one line and 130.
     """
     try:
         args = _parse(argv)
@@ -64,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _fail(f"needs the package '{error.name}': pip install \"l1inf-optax[experiments]\"")
     except (DataError, OptionError) as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return 130
     return 0
 
@@ -133,4 +134,5 @@ def _fail(message: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what clusters send before SIGKILL
     sys.exit(main())

@@ -7,6 +7,8 @@ and one that does not is thrown away, with a warning, for the one before it.
 
 import hashlib
 import json
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +42,8 @@ def open_checkpoints(
 
     Yields:
         The last state that can be read, None if there is none yet, and the function that keeps one.
+        An interrupt never comes while Orbax reads or writes. A `KeyboardInterrupt` that ends the
+        context says from which step the run goes on.
 
     Raises:
         OptionError: the folder holds checkpoints of another run, or none of them can be read.
@@ -57,9 +61,43 @@ def open_checkpoints(
             items = ocp.args.Composite(
                 about=ocp.args.JsonSave(about), arrays=ocp.args.StandardSave(_packed(snapshot))
             )
-            manager.save(snapshot.history[-1].step, args=items)
+            with _uninterrupted():
+                manager.save(snapshot.history[-1].step, args=items)
 
-        yield _last_whole(manager, folder, run), keep
+        with _uninterrupted():
+            last = _last_whole(manager, folder, run)
+        try:
+            try:
+                yield last, keep
+            finally:
+                with _uninterrupted():
+                    manager.wait_until_finished()
+        except KeyboardInterrupt:
+            step = manager.latest_step() or 0
+            raise KeyboardInterrupt(f"the same command goes on from step {step}") from None
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Raises a `KeyboardInterrupt` only after what is inside.
+
+    In the middle of Orbax it would close the event loop under threads that still report to it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals go to that one
+        yield
+        return
+    interrupts = signal.SIGINT, signal.SIGTERM
+    raising = [s for s in interrupts if signal.getsignal(s) is signal.default_int_handler]
+    came: list[int] = []
+    for number in raising:
+        signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        for number in raising:
+            signal.signal(number, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def fingerprint(arrays: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import l1inf_optax as l1inf
@@ -44,10 +45,10 @@ def run(**more):
     return train(TASK, LANES, (X[None], Y[None]), **OPTIONS, **more)
 
 
-def run_with(folder, **more):
+def run_with(folder, watch=None, **more):
     """A run that keeps its state; what it ends with."""
     with open_checkpoints(folder, RUN, **more) as (resume, keep):
-        return run(resume=resume, keep=keep)
+        return run(resume=resume, keep=keep, watch=watch)
 
 
 class Stopped(Exception):
@@ -197,8 +198,9 @@ def assert_saved(out, expected, **tolerance):
 def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
     stop_after(tmp_path / "checkpoints", 3)
     assert process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2).wait() == 0
-    # Programs for other numbers of devices round differently.
-    assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-4, atol=1e-6)
+    # For several devices XLA simplifies otherwise what reads the metric off Adam: its last bits
+    # differ, and so those of the projection. With SGD, or another metric, none would.
+    assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-5, atol=1e-6)
 
 
 def test_killing_a_run_at_any_time_changes_nothing(uninterrupted, tmp_path):
@@ -228,6 +230,74 @@ def kill_and_compare(uninterrupted, folder, kills):
         if killed == kills:
             return
         shutil.rmtree(checkpoints)
+
+
+def test_an_interrupt_waits_for_the_checkpoint_that_is_written(tmp_path, monkeypatch):
+    def interrupted(manager, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return save(manager, *args, **kwargs)
+
+    save = ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", interrupted)
+    for step in (5, 10):
+        with pytest.raises(KeyboardInterrupt, match=f"goes on from step {step}"):
+            run_with(tmp_path)
+
+
+def test_an_interrupt_while_a_checkpoint_is_read_does_not_condemn_it(tmp_path, monkeypatch):
+    def interrupted(manager, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return restore(manager, *args, **kwargs)
+
+    stop_after(tmp_path, 2)
+    restore = ocp.CheckpointManager.restore
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_with(tmp_path)
+    monkeypatch.undo()
+    with open_checkpoints(tmp_path, RUN) as (resume, _):
+        assert resume.history[-1].step == 10
+
+
+def command(folder, last):
+    """``python -m l1inf_optax.experiments mnist --checkpoint``, with a small run for MNIST's.
+
+    It does not come further than to step ``last``, which it does not keep.
+    """
+    program = (
+        "import pathlib, runpy, sys, time\n"
+        "from l1inf_optax.experiments import mnist\n"
+        "from tests.experiments.test_checkpoints import run_with\n"
+        "last = int(sys.argv.pop())\n"
+        "def watch(progress):\n"
+        "    time.sleep(600 if progress.step == last else 0.1)\n"
+        "mnist.run = lambda args: run_with(pathlib.Path(args.checkpoint), watch)\n"
+        "sys.argv[1:1] = ['mnist', '--checkpoint']\n"
+        "runpy.run_module('l1inf_optax.experiments', run_name='__main__')\n"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", program, folder, str(last)],
+        env=devices.environment(1),
+        cwd=devices.ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_an_interrupted_command_says_where_it_goes_on(uninterrupted, tmp_path):
+    rng, steps = random.Random(0), [0]
+    for number, last in ((signal.SIGINT, 15), (signal.SIGTERM, 30)):
+        before, running = listing(tmp_path), command(tmp_path, last)
+        while listing(tmp_path) == before and running.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        running.send_signal(number)
+        said = running.communicate()[1]
+        assert running.returncode == 130, said
+        steps.append(max(map(int, listing(tmp_path))))  # nothing is left that was not finished
+        assert said == f"interrupted; the same command goes on from step {steps[-1]}\n"
+    assert steps == sorted(set(steps)), "both runs came further"
+    assert_same(run_with(tmp_path), uninterrupted)
 
 
 def listing(folder):

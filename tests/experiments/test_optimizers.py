@@ -11,6 +11,7 @@ import pytest
 import l1inf_optax as l1inf
 from l1inf_optax.experiments import optimizers
 from l1inf_optax.experiments.__main__ import main
+from l1inf_optax.linen import AugmentedMLP
 
 ARGUMENTS = [
     *("optimizers", "--optimizers", "adam", "lion", "--rates", "1e-9", "0.01"),
@@ -27,7 +28,10 @@ RESULTS = {
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "optimizers"
-    assert main([*ARGUMENTS, "--out", str(out)]) == 0
+    with pytest.MonkeyPatch.context() as patch:  # what takes time is compiling hidden layers
+        small = optimizers.PROBLEMS["classification"]._replace(network=AugmentedMLP((20, 2)))
+        patch.setitem(optimizers.PROBLEMS, "classification", small)
+        assert main([*ARGUMENTS, "--out", str(out)]) == 0
     return json.loads((out / "results.json").read_text()), out
 
 
