@@ -662,6 +662,8 @@ class _Scaling(NamedTuple):
         tops: What lowers magnitudes times ``unit``: the largest threshold there is or, in a
             weighted search, one next to the least there may be, and its rounding errors.
         infinite: Columns that hold an infinity, beside which every finite entry is nothing.
+        most: The magnitude that stands for infinity, the radius or the largest that can be stored:
+            it leaves k of them an equal share.
     """
 
     up: Pair
@@ -671,12 +673,12 @@ class _Scaling(NamedTuple):
     back: Pair
     tops: Arrays
     infinite: jax.Array
+    most: jax.Array
 
     def finite(self, part: jax.Array) -> jax.Array:
         """Magnitudes, on their own scale, of which none is infinite."""
         a = jnp.abs(part.astype(self.unit[0].dtype))
-        most = jnp.finfo(a.dtype).max
-        return jnp.where(self.infinite, jnp.where(a == jnp.inf, most, 0), a)
+        return jnp.where(self.infinite, jnp.where(a == jnp.inf, self.most, 0 * a), a)
 
     def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
         """Magnitudes on the scale."""
@@ -684,7 +686,10 @@ class _Scaling(NamedTuple):
         lowered = _times(a, self.unit)
         for top in self.tops:
             lowered = _over(lowered, (top, 0), slope)
-        return jnp.where(self.far, _times(lowered, self.back), _rescale(a, self.up))
+        lowered = _times(lowered, self.back)
+        if slope is not None:  # beside so large an entry rounding hides the ball; still it must end
+            lowered = jnp.minimum(lowered, _LARGEST_WEIGHT)
+        return jnp.where(self.far, lowered, _rescale(a, self.up))
 
 
 def _over(a: jax.Array, theta: tuple[ArrayLike, ArrayLike], slope: jax.Array | None) -> jax.Array:
@@ -704,7 +709,9 @@ def _slopes(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
     d = tuple(weights.astype(dtype) for weights in metric)
     least = -_max(tuple(-x for x in d), axes, initial=-float(info.max))
     unit = _scale(-_exponent(jnp.maximum(lax.stop_gradient(least), info.tiny)))
-    return tuple(jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
+    infinite = _max(tuple(jnp.abs(part).astype(dtype) for part in parts), axes) == jnp.inf
+    slopes = (jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
+    return tuple(jnp.where(infinite, 1, slope) for slope in slopes)  # which share c equally
 
 
 def _columns(
@@ -721,14 +728,17 @@ def _columns(
     exponent = _exponent(jnp.maximum(radius, info.tiny))
     up = _scale(-exponent)
     largest = rows.max(_max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes))
-    infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
+    infinite = largest == jnp.inf
+    largest = jnp.where(infinite, radius, largest)
     # A threshold's share of a weighted entry rounds with the entry: where the ball is small beside
     # it, better once than at every threshold.
     far = largest * (2.0**-40 if slope is None else 2.0**-4) > radius
     own = _exponent(jnp.maximum(largest, info.tiny))
     unit = _scale(-own)
-    scaled = _times(radius, up)
-    scaling = _Scaling(up, _scale(exponent), far, unit, _scale(own - exponent), (), infinite)
+    scaled = _rescale(radius, up)
+    back = _scale(own - exponent)
+    most = jnp.minimum(radius, min(float(jnp.finfo(x).max) for x in dtypes))
+    scaling = _Scaling(up, _scale(exponent), far, unit, back, (), infinite, most)
     if slope is None:
         slopes: tuple[jax.Array | None, ...] = (None,) * len(parts)
         tops: Arrays = (_times(largest, unit),)
@@ -747,7 +757,7 @@ def _columns(
         slope=slope,
         dtypes=dtypes,
         c=scaled,
-        c_rest=tuple(_times(x, up) for x in rest),
+        c_rest=tuple(_rescale(x, up) for x in rest),
         floor=jnp.where(far, floor, 0),
         outside=infinite | far,
         free=jnp.isposinf(head),
@@ -893,7 +903,7 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         following = _choose(done & ~jnp.isnan(excess), trial, following)
         return _Search(following, left, known, passes)
 
-    start = jnp.where(start > columns.floor, start, columns.floor)
+    start = jnp.where((start > columns.floor) & (start < jnp.inf), start, columns.floor)
     known = jnp.where(columns.outside, _OUTSIDE, 0) | jnp.where(columns.free, _INSIDE | _DONE, 0)
     search = _Search((start, zero), columns.floor, known, jnp.int32(0))
     search = lax.while_loop(unfinished, step, search)
@@ -1081,8 +1091,8 @@ def _as_stored(x: jax.Array, dtype: jnp.dtype, columns: _Columns) -> jax.Array:
     """Survivors, rounded as they will be in ``dtype``, on the scale of ``columns``."""
     if dtype == x.dtype:
         return x
-    if columns.scaling is None:
-        return round_to(x, dtype)
+    if columns.scaling is None or jnp.finfo(dtype).nexp == jnp.finfo(x.dtype).nexp:
+        return round_to(x, dtype)  # a format of the same range: the scale changes no bit
     return _times(round_to(_times(x, columns.scaling.down), dtype), columns.scaling.up)
 
 
@@ -1101,6 +1111,15 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     quantum = float(info.smallest_subnormal)
     fixed = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
     return jnp.where(jnp.abs(x) < info.tiny, fixed, rounded)
+
+
+def _round_down(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x``, positive, rounded towards zero in ``dtype`` but still in its own."""
+    info = jnp.finfo(dtype)
+    if x.dtype == dtype:
+        return x
+    quantum = jnp.maximum(_power_of_two(_exponent(x) - info.nmant), float(info.smallest_subnormal))
+    return jnp.minimum(jnp.floor(x / quantum) * quantum, float(info.max))
 
 
 # --- thresholds as unevaluated sums of two floats -------------------------------------------------
@@ -1177,7 +1196,8 @@ def _shrunk(part: jax.Array, entry: jax.Array, slope: jax.Array | None, found: _
     """A part, projected, from its entries as the search has compared them with the threshold."""
     w = _over(entry, found.theta, slope)
     if found.scaling is None:
-        w = jnp.where(w > found.share, found.share, w)
+        share = _round_down(found.share, part.dtype)
+        w = jnp.where(w > share, share, w)
     else:
         w = jnp.where(found.inside, 0, _times(w, found.scaling.down))
     w = round_to(w, part.dtype)
