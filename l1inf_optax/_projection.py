@@ -821,6 +821,12 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
         slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
 
+    # float16 ends in a fixed-point format, where a survivor may round by half of this.
+    quantum = jnp.full_like(slack, 0)
+    if coarsest.dtype == jnp.float16:
+        quantum += float(coarsest.smallest_subnormal)
+        quantum = quantum if columns.scaling is None else _times(quantum, columns.scaling.up)
+
     def beside() -> Pair:
         magnitudes = tuple(map(columns.magnitude, columns.entries))
         return _beside(magnitudes, columns.slope, columns.c, axes, columns.rows)
@@ -838,7 +844,8 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         # there are entries added up that were not rounded before.
         height = _gap(trial, floor) * (1 - 2.0**-20)
         rounded = total if columns.slope is None else total + slope * height
-        rounded = jnp.where(height > 0, 2 * float(coarsest.eps) * rounded, 0)
+        rounded = 2 * float(coarsest.eps) * rounded + slope * quantum
+        rounded = jnp.where(height > 0, rounded, 0)
         outside = (known & _OUTSIDE > 0) | (below - rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
         inside = asked & feasible

@@ -272,7 +272,7 @@ def violations(case, most):
     error = np.where(outside, np.maximum(error - least, 0), 0).astype(np.float64)
     units = error / (float(info.eps) * case.unit)
     below = outside & (np.abs(safe) < taken - most * float(info.eps) * case.unit - least)
-    shared = np.isinf(x) / np.maximum(np.isinf(x).sum(0), 1) * case.c
+    shared = np.isinf(x) * np.minimum(case.c / np.maximum(np.isinf(x).sum(0), 1), float(info.max))
     limit = np.abs(np.abs(w) - shared) <= most * float(info.eps) * case.unit + least
 
     must, did = (np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}") for a in case.kept)

@@ -122,6 +122,8 @@ def _read(manager: ocp.CheckpointManager, step: int) -> tuple[Any, Snapshot]:
     snapshot = _unpacked(found["arrays"])
     if found["about"]["hash"] != _hash(found["about"]["run"], snapshot):
         raise DamagedError("its contents are not those that were saved")
+    if not isinstance(found["about"]["run"], dict):
+        raise DamagedError("it does not say of which run it is")
     if snapshot.history[-1].step != step:
         raise DamagedError(f"it was saved at step {snapshot.history[-1].step}")
     return found["about"]["run"], snapshot

@@ -243,7 +243,7 @@ def bad_python_batches():
         "numpy's loader": (b"cnumpy\nload\n.", "numpy.load"),
         "a name with line breaks": (b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.", "asks for a b.c"),
         "endless nesting": (b"(" * 100_000 + b"t" * 100_000 + b".", "holds no images"),
-        "a huge memo": (b"Nr\xff\xff\xff\x7f.", "no pickle"),
+        "a huge memo": (b"Nr\xff\xff\xff\x7f.", "holds no images"),
         "a list": (program([1, 2]), "holds no images"),
         "no labels": (python(images, labels, labels=None), "holds no images"),
         "no data": (python(images, labels, data=None), "holds no images"),
