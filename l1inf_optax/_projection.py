@@ -816,16 +816,13 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     # a 16-bit format runs out of exponents.
     short = coarsest.eps > info.eps
     slack = (2 if short else 3) * float(coarsest.eps) * columns.c
-    if short and columns.scaling is not None:
+    lost = zero
+    if short:
         n = _length(columns.entries, axes) * columns.rows.devices
         least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
-        slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
-
-    # float16 ends in a fixed-point format, where a survivor may round by half of this.
-    quantum = jnp.full_like(slack, 0)
-    if coarsest.dtype == jnp.float16:
-        quantum += float(coarsest.smallest_subnormal)
-        quantum = quantum if columns.scaling is None else _times(quantum, columns.scaling.up)
+        lost = jnp.full_like(slack, float(least) * n)
+        lost = lost if columns.scaling is None else _times(lost, columns.scaling.up)
+        slack += lost
 
     def beside() -> Pair:
         magnitudes = tuple(map(columns.magnitude, columns.entries))
@@ -844,7 +841,7 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         # there are entries added up that were not rounded before.
         height = _gap(trial, floor) * (1 - 2.0**-20)
         rounded = total if columns.slope is None else total + slope * height
-        rounded = 2 * float(coarsest.eps) * rounded + slope * quantum
+        rounded = 2 * float(coarsest.eps) * rounded + lost
         rounded = jnp.where(height > 0, rounded, 0)
         outside = (known & _OUTSIDE > 0) | (below - rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
