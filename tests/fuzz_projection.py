@@ -126,7 +126,8 @@ def draw_radii(rng, x, ordinary):
     at an entry; in float64 or float32."""
     a = np.abs(np.asarray(x, np.float64))
     n, m = a.shape
-    norm = a.sum(0)
+    with np.errstate(over="ignore"):
+        norm = np.minimum(a.sum(0), 1e300)
     entry = a[rng.integers(0, n, size=m), np.arange(m)]
     with np.errstate(over="ignore"):
         choices = [
@@ -138,9 +139,11 @@ def draw_radii(rng, x, ordinary):
             rng.choice([0.07, 1.0, 1e30], size=m),
         ]
     c = np.choose(rng.choice(len(choices), size=m, p=[0.3, 0.3, 0.1, 0.1, 0.18, 0.02]), choices)
-    tiny = 2.0**-100 if x.dtype == np.float64 else 2.0**-126
-    c = np.clip(c, *((2.0**-29, 2.0**59) if ordinary else (tiny, 1e300 if tiny > 1 else 1e38)))
-    return np.float32(c).astype(np.float64) if rng.random() < 0.5 else c
+    wide = x.dtype == np.float64
+    c = np.clip(
+        c, *((2.0**-29, 2.0**59) if ordinary else (1e-300, 1e300) if wide else (2.0**-126, 1e38))
+    )
+    return c if wide or rng.random() < 0.5 else np.float32(c).astype(np.float64)
 
 
 def draw_metric(rng, shape, number):
@@ -344,7 +347,9 @@ def run(columns, seed, first=0, kinds=KINDS, out=None):
                 complaints.append(f"{what}: {len(bad)} columns of {name}, the first {bad[0]}")
                 if out is not None:
                     j = bad[0]
-                    arrays = {k: v for k, v in case._asdict().items() if k in "xcdw" and v is not None}
+                    arrays = {
+                        k: v for k, v in case._asdict().items() if k in "xcdw" and v is not None
+                    }
                     arrays = {k: np.asarray(v[..., j], np.float64) for k, v in arrays.items()}
                     np.savez(out / f"{what} {name}.npz", **arrays)
             old = rows[kind]

@@ -22,6 +22,7 @@ from pathlib import Path
 SECONDS = 20
 MEGABYTES = 3000
 RUN = {"name": "fuzz"}
+STANDARD = ("zipfile", "gzip", "tarfile", "pickletools", "json", "json.decoder", "json.scanner")
 
 
 # --- readers: what is written where, and what must be true of what is read ------------------------
@@ -223,15 +224,13 @@ def no_programs(event, arguments):
 def fuzz(name, folder, seconds):
     import atheris
 
-    with atheris.instrument_imports(
-        include=["l1inf_optax.experiments.data", "l1inf_optax.experiments.cifar_data",
-                 "l1inf_optax.experiments.checkpoints", "zipfile", "gzip", "tarfile", "pickletools"],
-        enable_loader_override=False,
-    ):  # fmt: skip
-        for module in ("zipfile", "gzip", "tarfile", "pickletools"):
-            sys.modules.pop(module, None)
+    for module in STANDARD:  # those that this process has imported already
+        sys.modules.pop(module, None)
+    with atheris.instrument_imports(include=["l1inf_optax.experiments", "orbax", *STANDARD]):
         import l1inf_optax.experiments.cifar_data
-        import l1inf_optax.experiments.data  # noqa: F401
+
+        if name.startswith("checkpoint"):
+            import l1inf_optax.experiments.checkpoints  # noqa: F401
     from numpy.lib import format as npy_format
 
     for function in ("_read_array_header", "descr_to_dtype", "_filter_header"):
