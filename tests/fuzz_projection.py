@@ -37,6 +37,7 @@ FORMATS = {
     "float16": (np.dtype(np.float16), (-7, 4.8)),
     "float64": (np.dtype(np.float64), (-300, 300)),
 }
+FORMATS_32 = ("float32", "bfloat16", "float16")
 # The largest error there may be, in eps * unit: some units in the last place.
 MOST = {"euclidean": 4, "metric": 8}
 SECONDS = 120  # for a batch, its compilation included; one takes a tenth of a second
@@ -77,14 +78,14 @@ class Case(NamedTuple):
 KINDS = [
     *(
         Kind(x64, dtype, method, metric)
-        for x64, dtypes in ((False, ("float32", "bfloat16", "float16")), (True, ("float64", "float32")))
+        for x64, dtypes in ((False, FORMATS_32), (True, ("float64", "float32")))
         for dtype in dtypes
         for method in ("newton", "sort")
         for metric in MOST
     ),
     *(
         Kind(False, dtype, method, metric)
-        for dtype in ("float32", "bfloat16", "float16")
+        for dtype in FORMATS_32
         for method, metric in (("keep_params", "euclidean"), ("constrain", "metric"))
     ),
 ]  # fmt: skip
@@ -109,7 +110,7 @@ def draw_columns(rng, n, m, dtype, ordinary):
             1 + 1e-6 * rng.normal(size=shape),
             2.0 ** -rng.integers(0, 30, size=shape),
             rng.uniform(0.1, 1, size=m) ** np.arange(n)[:, None],
-            np.where(np.arange(n)[:, None] == 0, 10 ** rng.uniform(0, 30, m), rng.normal(size=shape)),
+            np.vstack([10 ** rng.uniform(0, 30, size=(1, m)), rng.normal(size=(n - 1, m))]),
             np.zeros(shape),
         ]
     )  # fmt: skip
@@ -326,15 +327,15 @@ class Row(NamedTuple):
     seconds: float = 0.0
 
 
-def run(columns, seed, first=0, kinds=KINDS, out=None):
+def run(columns, seed, first, out):
     """Batches from number ``first`` on until all kinds together have had so many columns.
 
     Returns:
         A `Row` for each kind, and a list of what went wrong, in words.
     """
     rows, complaints = defaultdict(Row), []
-    per_kind = -(-columns // len(kinds))
-    for index, kind in sorted(enumerate(kinds), key=lambda item: item[1].x64):
+    per_kind = -(-columns // len(KINDS))
+    for kind in sorted(KINDS, key=lambda kind: kind.x64):
         batch = first
         while rows[kind].columns < per_kind:
             name = f"batch {batch} of {' '.join(map(str, kind))}, seed {seed}"
@@ -345,13 +346,7 @@ def run(columns, seed, first=0, kinds=KINDS, out=None):
             found, worst, outside = violations(case, MOST[kind.metric])
             for what, bad in found.items():
                 complaints.append(f"{what}: {len(bad)} columns of {name}, the first {bad[0]}")
-                if out is not None:
-                    j = bad[0]
-                    arrays = {
-                        k: v for k, v in case._asdict().items() if k in "xcdw" and v is not None
-                    }
-                    arrays = {k: np.asarray(v[..., j], np.float64) for k, v in arrays.items()}
-                    np.savez(out / f"{what} {name}.npz", **arrays)
+                _save(out / f"{what} {name}.npz", case, bad[0])
             old = rows[kind]
             rows[kind] = Row(
                 old.columns + case.x.shape[1],
@@ -363,6 +358,14 @@ def run(columns, seed, first=0, kinds=KINDS, out=None):
             )
             batch += 1
     return rows, complaints
+
+
+def _save(path, case, j):
+    """A column that went wrong."""
+    arrays = {"x": case.x, "c": case.c, "w": case.w}
+    if case.d is not None:
+        arrays["d"] = case.d
+    np.savez(path, **{name: np.asarray(a[..., j], np.float64) for name, a in arrays.items()})
 
 
 def _in_time(name, kind, rng, batch):

@@ -395,7 +395,7 @@ def test_norm_has_the_subgradient_of_the_largest_column():
     np.testing.assert_array_equal(jax.grad(l1inf.l1inf_norm)(x), [[0, -1], [0, 1]])
 
 
-# --- found by tests/fuzz_projection.py -------------------------------------------------------------
+# --- found by tests/fuzz_projection.py ------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)

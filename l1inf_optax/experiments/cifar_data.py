@@ -224,6 +224,7 @@ def _read_pickle(content: bytes) -> Any:
     stack: list[Any] = []
     below: list[list[Any]] = []  # the stacks below marks
     memo: dict[int, Any] = {}
+    argument: Any
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if count >= LONGEST_PICKLE:
             raise DataError(f"has more than {LONGEST_PICKLE:,} instructions")
@@ -238,9 +239,10 @@ def _read_pickle(content: bytes) -> Any:
                 stack = []
             case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
-            case "BININT" | "BININT1" | "BININT2" | "SHORT_BINBYTES" | "BINBYTES":
-                stack.append(argument)
-            case "BINUNICODE" | "SHORT_BINUNICODE":
+            case (
+                "BININT" | "BININT1" | "BININT2"
+                | "BINBYTES" | "SHORT_BINBYTES" | "BINUNICODE" | "SHORT_BINUNICODE"
+            ):  # fmt: skip
                 stack.append(argument)
             case "BINSTRING" | "SHORT_BINSTRING":  # Python 2's
                 stack.append(argument.encode("latin-1"))
