@@ -683,7 +683,7 @@ class _Scaling(NamedTuple):
     def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
         """Magnitudes on the scale."""
         a = self.finite(part)
-        lowered = _times(a, self.unit)
+        lowered = _rescale(a, self.unit)
         for top in self.tops:
             lowered = _over(lowered, (top, 0), slope)
         lowered = _times(lowered, self.back)
@@ -744,7 +744,7 @@ def _columns(
         tops: Arrays = (_times(largest, unit),)
     else:
         slopes, tops = slope, ()
-        a = tuple(_times(scaling.finite(x), unit) for x in parts)
+        a = tuple(_rescale(scaling.finite(x), unit) for x in parts)
         for _ in range(3):  # each leaves an error of eps times what was lowered
             top, _ = _beside(a, slope, _times(radius, unit), axes, rows)
             a = tuple(_over(x, (top, 0), g) for x, g in zip(a, slope, strict=True))
