@@ -147,8 +147,19 @@ def test_a_checkpoint_whose_run_is_no_run_is_refused(tmp_path):
     with open_checkpoints(tmp_path, ["no", "run"], asynchronous=False) as (_, keep):
         keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
     with (
-        pytest.warns(UserWarning, match="step 1 is damaged .* does not say of which run"),
+        pytest.warns(UserWarning, match=r"step 1 is damaged .* does not say of which run"),
         pytest.raises(OptionError, match="no checkpoint that can be read"),
+        open_checkpoints(tmp_path, RUN),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
+    with open_checkpoints(tmp_path, RUN, asynchronous=False) as (_, keep):
+        keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("[]")
+    with (
+        pytest.raises(OptionError, match=r"cannot be opened .* name another folder"),
         open_checkpoints(tmp_path, RUN),
     ):
         pass
