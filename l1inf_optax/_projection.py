@@ -664,6 +664,8 @@ class _Scaling(NamedTuple):
         tops: What lowers magnitudes times ``unit``: the largest threshold there is or, in a
             weighted search, one next to the least there may be, and its rounding errors.
         infinite: Columns that hold an infinity, beside which every finite entry is nothing.
+        most: The magnitude that stands for infinity, the radius or the largest that can be stored:
+            it leaves k of them an equal share.
     """
 
     up: Pair
@@ -673,20 +675,23 @@ class _Scaling(NamedTuple):
     back: Pair
     tops: Arrays
     infinite: jax.Array
+    most: jax.Array
 
     def finite(self, part: jax.Array) -> jax.Array:
         """Magnitudes, on their own scale, of which none is infinite."""
         a = jnp.abs(part.astype(self.unit[0].dtype))
-        most = jnp.finfo(a.dtype).max
-        return jnp.where(self.infinite, jnp.where(a == jnp.inf, most, 0), a)
+        return jnp.where(self.infinite, jnp.where(a == jnp.inf, self.most, 0 * a), a)
 
     def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
         """Magnitudes on the scale."""
         a = self.finite(part)
-        lowered = _times(a, self.unit)
+        lowered = _rescale(a, self.unit)
         for top in self.tops:
             lowered = _over(lowered, (top, 0), slope)
-        return jnp.where(self.far, _times(lowered, self.back), _rescale(a, self.up))
+        lowered = _times(lowered, self.back)
+        if slope is not None:  # beside so large an entry rounding hides the ball; still it must end
+            lowered = jnp.minimum(lowered, _LARGEST_WEIGHT)
+        return jnp.where(self.far, lowered, _rescale(a, self.up))
 
 
 def _over(a: jax.Array, theta: tuple[ArrayLike, ArrayLike], slope: jax.Array | None) -> jax.Array:
@@ -706,7 +711,9 @@ def _slopes(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
     d = tuple(weights.astype(dtype) for weights in metric)
     least = -_max(tuple(-x for x in d), axes, initial=-float(info.max))
     unit = _scale(-_exponent(jnp.maximum(lax.stop_gradient(least), info.tiny)))
-    return tuple(jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
+    infinite = _max(tuple(jnp.abs(part).astype(dtype) for part in parts), axes) == jnp.inf
+    slopes = (jnp.clip(1 / _rescale(x, unit), 1 / _LARGEST_WEIGHT, 1) for x in d)
+    return tuple(jnp.where(infinite, 1, slope) for slope in slopes)  # which share c equally
 
 
 def _columns(
@@ -723,20 +730,23 @@ def _columns(
     exponent = _exponent(jnp.maximum(radius, info.tiny))
     up = _scale(-exponent)
     largest = rows.max(_max(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes))
-    infinite, largest = largest == jnp.inf, jnp.minimum(largest, info.max)
+    infinite = largest == jnp.inf
+    largest = jnp.where(infinite, radius, largest)
     # A threshold's share of a weighted entry rounds with the entry: where the ball is small beside
     # it, better once than at every threshold.
     far = largest * (2.0**-40 if slope is None else 2.0**-4) > radius
     own = _exponent(jnp.maximum(largest, info.tiny))
     unit = _scale(-own)
-    scaled = _times(radius, up)
-    scaling = _Scaling(up, _scale(exponent), far, unit, _scale(own - exponent), (), infinite)
+    scaled = _rescale(radius, up)
+    back = _scale(own - exponent)
+    most = jnp.minimum(radius, min(float(jnp.finfo(x).max) for x in dtypes))
+    scaling = _Scaling(up, _scale(exponent), far, unit, back, (), infinite, most)
     if slope is None:
         slopes: tuple[jax.Array | None, ...] = (None,) * len(parts)
         tops: Arrays = (_times(largest, unit),)
     else:
         slopes, tops = slope, ()
-        a = tuple(_times(scaling.finite(x), unit) for x in parts)
+        a = tuple(_rescale(scaling.finite(x), unit) for x in parts)
         for _ in range(3):  # each leaves an error of eps times what was lowered
             top, _ = _beside(a, slope, _times(radius, unit), axes, rows)
             a = tuple(_over(x, (top, 0), g) for x, g in zip(a, slope, strict=True))
@@ -749,7 +759,7 @@ def _columns(
         slope=slope,
         dtypes=dtypes,
         c=scaled,
-        c_rest=tuple(_times(x, up) for x in rest),
+        c_rest=tuple(_rescale(x, up) for x in rest),
         floor=jnp.where(far, floor, 0),
         outside=infinite | far,
         free=jnp.isposinf(head),
@@ -808,10 +818,13 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
     # a 16-bit format runs out of exponents.
     short = coarsest.eps > info.eps
     slack = (2 if short else 3) * float(coarsest.eps) * columns.c
-    if short and columns.scaling is not None:
+    lost = zero
+    if short:
         n = _length(columns.entries, axes) * columns.rows.devices
         least = coarsest.smallest_subnormal if coarsest.dtype == jnp.float16 else coarsest.tiny
-        slack += _times(jnp.full_like(slack, float(least) * n), columns.scaling.up)
+        lost = jnp.full_like(slack, float(least) * n)
+        lost = lost if columns.scaling is None else _times(lost, columns.scaling.up)
+        slack += lost
 
     def beside() -> Pair:
         magnitudes = tuple(map(columns.magnitude, columns.entries))
@@ -830,7 +843,8 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         # there are entries added up that were not rounded before.
         height = _gap(trial, floor) * (1 - 2.0**-20)
         rounded = total if columns.slope is None else total + slope * height
-        rounded = jnp.where(height > 0, 2 * float(coarsest.eps) * rounded, 0)
+        rounded = 2 * float(coarsest.eps) * rounded + lost
+        rounded = jnp.where(height > 0, rounded, 0)
         outside = (known & _OUTSIDE > 0) | (below - rounded + slope * height > unseen)
         asked = ~outside & (height <= 0)
         inside = asked & feasible
@@ -895,7 +909,7 @@ def _search(columns: _Columns, start: jax.Array, axes: Axes) -> _Search:
         following = _choose(done & ~jnp.isnan(excess), trial, following)
         return _Search(following, left, known, passes)
 
-    start = jnp.where(start > columns.floor, start, columns.floor)
+    start = jnp.where((start > columns.floor) & (start < jnp.inf), start, columns.floor)
     known = jnp.where(columns.outside, _OUTSIDE, 0) | jnp.where(columns.free, _INSIDE | _DONE, 0)
     search = _Search((start, zero), columns.floor, known, jnp.int32(0))
     search = lax.while_loop(unfinished, step, search)
@@ -1083,8 +1097,8 @@ def _as_stored(x: jax.Array, dtype: jnp.dtype, columns: _Columns) -> jax.Array:
     """Survivors, rounded as they will be in ``dtype``, on the scale of ``columns``."""
     if dtype == x.dtype:
         return x
-    if columns.scaling is None:
-        return round_to(x, dtype)
+    if columns.scaling is None or jnp.finfo(dtype).nexp == jnp.finfo(x.dtype).nexp:
+        return round_to(x, dtype)  # a format of the same range: the scale changes no bit
     return _times(round_to(_times(x, columns.scaling.down), dtype), columns.scaling.up)
 
 
@@ -1103,6 +1117,15 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     quantum = float(info.smallest_subnormal)
     fixed = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
     return jnp.where(jnp.abs(x) < info.tiny, fixed, rounded)
+
+
+def _round_down(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x``, positive, rounded towards zero in ``dtype`` but still in its own."""
+    info = jnp.finfo(dtype)
+    if x.dtype == dtype:
+        return x
+    quantum = jnp.maximum(_power_of_two(_exponent(x) - info.nmant), float(info.smallest_subnormal))
+    return jnp.minimum(jnp.floor(x / quantum) * quantum, float(info.max))
 
 
 # --- thresholds as unevaluated sums of two floats -------------------------------------------------
@@ -1179,7 +1202,8 @@ def _shrunk(part: jax.Array, entry: jax.Array, slope: jax.Array | None, found: _
     """A part, projected, from its entries as the search has compared them with the threshold."""
     w = _over(entry, found.theta, slope)
     if found.scaling is None:
-        w = jnp.where(w > found.share, found.share, w)
+        share = _round_down(found.share, part.dtype)
+        w = jnp.where(w > share, share, w)
     else:
         w = jnp.where(found.inside, 0, _times(w, found.scaling.down))
     w = round_to(w, part.dtype)

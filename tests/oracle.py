@@ -45,3 +45,33 @@ def project64(column, c):
     p = np.nonzero(mu > theta)[0][-1]
     theta = (math.fsum(mu[: p + 1]) - c) / (p + 1)
     return np.sign(v) * np.maximum(np.abs(v) - theta, 0)
+
+
+def project_many(x, c, metric=None):
+    """The projections of many columns, along axis 0, by sorting in extended precision.
+
+    Without a metric what is added up are distances below a column's largest magnitude: exact, for
+    whatever can survive, where c is small beside it. Finite columns only.
+
+    Returns:
+        The magnitudes of the projected entries, and what the threshold takes off every entry (zero
+        in columns inside their ball), in extended precision.
+    """
+    v = np.abs(np.asarray(x, np.float64)).astype(np.longdouble)
+    c = np.asarray(c, np.longdouble)
+    if metric is None:
+        top, g = v.max(0), np.ones_like(v)
+        u = key = v - top
+    else:
+        top, g = 0, 1 / np.asarray(metric, np.float64).astype(np.longdouble)
+        u, key = v, v / g
+    order = np.argsort(-key, axis=0)
+    sums, slopes = (np.cumsum(np.take_along_axis(a, order, 0), axis=0) for a in (u, g))
+    theta = (sums - c) / slopes
+    last = (np.take_along_axis(key, order, 0) > theta).sum(0) - 1
+    theta = np.take_along_axis(theta, np.maximum(last, 0)[None], 0)
+    inside = v.sum(0) <= c
+    return (
+        np.where(inside, v, np.maximum(u - theta * g, 0)),
+        np.where(inside, 0, top + theta * g),
+    )

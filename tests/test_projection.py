@@ -398,6 +398,88 @@ def test_norm_has_the_subgradient_of_the_largest_column():
     np.testing.assert_array_equal(jax.grad(l1inf.l1inf_norm)(x), [[0, -1], [0, 1]])
 
 
+# --- found by tests/fuzz_projection.py ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_infinite_entries_share_the_ball_in_any_format_and_metric(dtype, weighted, method):
+    counts = np.arange(1, 25)
+    x = np.where(np.arange(24)[:, None] < counts, np.inf, 3.0)
+    d = np.exp(3 * np.random.default_rng(0).normal(size=x.shape)) if weighted else None
+    for c in (1e-38, 0.07, 3.3, 7e4, 1e30):
+        w = l1inf.projection_l1inf_ball(
+            jnp.asarray(x, dtype), c, method=method, metric=None if d is None else jnp.asarray(d)
+        )
+        w = np.asarray(w, np.float64)
+        assert (w.sum(0) <= c).all()
+        share = np.minimum(c / counts, float(jnp.finfo(dtype).max)) * (x == np.inf)
+        least = 24 * float(jnp.finfo(dtype).smallest_subnormal) + TINY
+        some = (8 if weighted else 4) * float(jnp.finfo(dtype).eps)
+        assert (np.abs(w - share) <= some * c + least).all()
+
+
+@pytest.mark.parametrize("c", [0.07, 1e-20])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_nan_beside_an_infinity_stays_a_nan(weighted, c):
+    x = jnp.asarray([[np.inf, 1.0], [np.nan, 2.0], [1.0, 3.0]] * 8)
+    w = l1inf.projection_l1inf_ball(x, c, metric=jnp.ones_like(x) if weighted else None)
+    np.testing.assert_array_equal(np.isnan(w), [[True, False]] * 24)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("start", [np.inf, np.nan, 1e38, -1.0])
+def test_a_search_may_start_from_anything(start, weighted):
+    x, c = random_columns(np.random.default_rng(13))
+    metric = (jnp.asarray(weights(np.random.default_rng(1), x.shape)),) if weighted else None
+    plain, started = (
+        _projection.project_columns((jnp.asarray(x),), c, (0,), metric=metric, start=start)
+        for start in (None, jnp.full(64, start, jnp.float32))
+    )
+    size = c + np.abs(x).max(0) if weighted else c
+    assert (np.abs(plain.parts[0] - started.parts[0]) <= 16 * U * size).all()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_columns_on_the_sphere_of_a_tiny_radius_are_untouched(weighted):
+    x = np.float32(np.random.default_rng(0).normal(size=(24, 64)) * 2.0**-115)
+    c = np.abs(x.astype(np.float64)).sum(0)
+    metric = weights(np.random.default_rng(1), x.shape) if weighted else None
+    np.testing.assert_array_equal(l1inf.projection_l1inf_ball(x, c, metric=metric), x)
+
+
+def test_a_subnormal_bfloat16_column_outside_its_ball_does_not_stay_there():
+    x = jnp.full((24, 1), 2.0**-130, jnp.bfloat16)
+    w = np.asarray(l1inf.projection_l1inf_ball(x, 2.0**-126), np.float64)
+    assert oracle.norm64(w) <= 2.0**-126
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_subnormal_float16_column_on_the_sphere_is_untouched(method):
+    x = np.zeros((24, 1), np.float16)
+    x[:2, 0] = -95 * 2.0**-24, 12 * 2.0**-24
+    for d in (None, weights(np.random.default_rng(2), x.shape)):
+        w = l1inf.projection_l1inf_ball(x, 107 * 2.0**-24, metric=d, method=method)
+        np.testing.assert_array_equal(w, x)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_subnormal_entries_count_beside_a_large_one_of_less_weight(method):
+    x = np.float32([1e-36, 1.8e-38, *[1e-38] * 30])[:, None]
+    d = np.float32([1e-8, 1e7, *[1e8] * 30])[:, None]
+    w = np.asarray(l1inf.projection_l1inf_ball(x, 5.4e-38, metric=d, method=method))
+    np.testing.assert_array_equal(w[:2], 0)  # the other thirty have more weight, and more than c
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weighted_column_beyond_any_precision_is_feasible(method):
+    rng = np.random.default_rng(0)
+    x = np.float32(1e30 * (1 + 1e-6 * rng.normal(size=(24, 64))))
+    w = l1inf.projection_l1inf_ball(x, 2.0**-126, metric=weights(rng, x.shape), method=method)
+    assert (np.asarray(w, np.float64).sum(0) <= 2.0**-126).all()
+
+
 # --- float64, derivatives, transformations --------------------------------------------------------
 
 

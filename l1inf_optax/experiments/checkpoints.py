@@ -54,7 +54,14 @@ def open_checkpoints(
         cleanup_tmp_directories=True,
     )
     run = json.loads(json.dumps(run))
-    with ocp.CheckpointManager(folder.resolve(), options=settings) as manager:
+    try:
+        opened = ocp.CheckpointManager(folder.resolve(), options=settings)
+    except Exception as error:  # it reads what every checkpoint says of itself, and believes it
+        raise OptionError(
+            f"--checkpoint {folder} cannot be opened ({_reason(error)}); "
+            "empty it, or name another folder"
+        ) from error
+    with opened as manager:
 
         def keep(snapshot: Snapshot) -> None:
             about = {"run": run, "hash": _hash(run, snapshot)}
@@ -134,10 +141,9 @@ def _last_whole(manager: ocp.CheckpointManager, folder: Path, run: Any) -> Snaps
         try:
             saved_run, snapshot = _read(manager, step)
         except Exception as error:  # whatever Orbax makes of bytes that are not its own
-            reason = str(error).strip().split("\n")[0]
             warnings.warn(
                 f"{folder}: the checkpoint of step {step} is damaged and will not be used "
-                f"({type(error).__name__}: {reason:.200})",
+                f"({_reason(error)})",
                 stacklevel=2,
             )
             manager.delete(step)
@@ -154,12 +160,19 @@ def _last_whole(manager: ocp.CheckpointManager, folder: Path, run: Any) -> Snaps
     return None
 
 
+def _reason(error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first:.200}"
+
+
 def _read(manager: ocp.CheckpointManager, step: int) -> tuple[Any, Snapshot]:
     items = ocp.args.Composite(about=ocp.args.JsonRestore(), arrays=ocp.args.StandardRestore())
     found = manager.restore(step, args=items)
     snapshot = _unpacked(found["arrays"])
     if found["about"]["hash"] != _hash(found["about"]["run"], snapshot):
         raise DamagedError("its contents are not those that were saved")
+    if not isinstance(found["about"]["run"], dict):
+        raise DamagedError("it does not say of which run it is")
     if snapshot.history[-1].step != step:
         raise DamagedError(f"it was saved at step {snapshot.history[-1].step}")
     return found["about"]["run"], snapshot

@@ -9,16 +9,15 @@ The layouts:
   ``s_labels``;
 - the data set CIFAR_10 of openml.org, fetched by scikit-learn.
 
-The Python batches are pickles, and a pickle is a program. It is run by an unpickler that knows
-three names, those without which numpy pickles no array, and puts a stand-in for each that notes
-what it is told and does nothing. Before, the lengths that it announces are compared with what is
-there; after, the array is put together from the notes, if they agree.
+The Python batches are pickles, and a pickle is a program. Python's own machine never runs it. One
+with a few instructions does, which can make numbers, strings, tuples, lists, dictionaries of bytes
+and, for the three names without which numpy pickles no array, stand-ins that note what they are
+told and do nothing. After that the array is put together from the notes, if they agree.
 """
 
+import gzip
 import http.client
 import io
-import lzma
-import pickle
 import pickletools
 import tarfile
 import zipfile
@@ -31,12 +30,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from l1inf_optax.experiments.data import (
-    BROKEN,
     CLASSES,
+    GZIP_MAGIC,
     LARGEST,
     DataError,
     as_data_error,
     checked_labels,
+    read_exactly,
     read_npy,
 )
 
@@ -46,6 +46,8 @@ PIXELS = 3072
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 FOLDERS = ("cifar-10-batches-bin", "cifar-10-batches-py")  # what the original archives unpack to
 LARGEST_BATCH = 2**26  # bytes; the original ones have 31 million
+LARGEST_ARCHIVE = 2**29  # bytes, unpacked; the original ones have 186 million
+LONGEST_PICKLE = 2**18  # instructions; the original ones have 30,000
 LARGEST_JPEG = 2**28  # bytes of all images of a split; 46 million at usual quality
 
 EXPECTED = (
@@ -110,7 +112,7 @@ def load_cifar10(path: str | Path | None = None, *, download: bool = False) -> C
     try:
         read = _jpeg_splits if zipfile.is_zipfile(path) else _batch_splits
         train, test = read(path)
-    except (*BROKEN, tarfile.TarError, lzma.LZMAError) as error:
+    except Exception as error:  # whatever the libraries make of bytes that are not theirs
         raise as_data_error(error, path) from error
     return Cifar10(*train, *test, path.resolve().name)
 
@@ -144,20 +146,36 @@ def _folder_files(path: Path) -> dict[str, bytes]:
 
 
 def _tar_files(path: Path) -> dict[str, bytes]:
+    """The batches in a tar archive, gzipped or not.
+
+    Member by member: `tarfile` reads extended headers of any length into memory, and keeps what it
+    knows of any number of members.
+    """
     files = {}
-    try:
-        archive = tarfile.open(path)  # noqa: SIM115 (closed below)
-    except tarfile.ReadError as error:
-        raise DataError(
-            f"{path}: is neither a tar archive nor an .npz (or it was cut short); {EXPECTED}"
-        ) from error
-    with archive:
-        for member in archive:
+    with path.open("rb") as raw:
+        zipped = raw.read(2) == GZIP_MAGIC
+    file: IO[bytes]
+    with gzip.open(path) if zipped else path.open("rb") as file:  # type: ignore[assignment]
+        while (header := file.read(tarfile.BLOCKSIZE)) or not file.tell():
+            try:
+                member = tarfile.TarInfo.frombuf(header, "utf-8", "replace")
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+                break
+            except tarfile.HeaderError as error:
+                raise DataError(
+                    f"{path}: is neither a tar archive nor an .npz (or it was cut short); "
+                    f"{EXPECTED}"
+                ) from error
             name = PurePosixPath(member.name)
-            wanted = member.isreg() and _is_batch(name)  # a link can point to nothing
-            file = archive.extractfile(member) if wanted else None
-            if file is not None:
-                files[name.name] = _read_batch(file, path / name.name)
+            end = file.tell() + tarfile.BLOCKSIZE * -(-member.size // tarfile.BLOCKSIZE)
+            if member.isreg() and not member.issparse() and _is_batch(name):
+                _check_size(member.size, path / name.name)
+                files[name.name] = read_exactly(file, member.size, path / name.name, "data")
+            if member.size < 0 or end > LARGEST_ARCHIVE:
+                raise DataError(
+                    f"{path}: is not of 0 to {LARGEST_ARCHIVE:,} bytes, unpacked; download it again"
+                )
+            file.seek(end)
     return files
 
 
@@ -167,9 +185,13 @@ def _is_batch(name: PurePosixPath | Path) -> bool:
 
 def _read_batch(file: IO[bytes], path: Path) -> bytes:
     content = file.read(LARGEST_BATCH + 1)
-    if len(content) > LARGEST_BATCH:
-        raise DataError(f"{path}: has more than {LARGEST_BATCH:,} bytes; download it again")
+    _check_size(len(content), path)
     return content
+
+
+def _check_size(size: int, path: Path) -> None:
+    if not 0 <= size <= LARGEST_BATCH:
+        raise DataError(f"{path}: has more than {LARGEST_BATCH:,} bytes; download it again")
 
 
 def _binary_batch(content: bytes, path: Path) -> Split:
@@ -188,28 +210,94 @@ def _binary_batch(content: bytes, path: Path) -> Split:
 class _StandIn:
     """Stands for what a pickle asks of numpy, and notes what it is told."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, args: Any):
         self.args = args
         self.state: Any = None
 
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
+
+def _read_pickle(content: bytes) -> Any:
+    """What a pickle describes, if it describes no more than a CIFAR-10 batch may hold.
+
+    Every instruction adds a bounded amount to what is in memory, and keys are bytes: the hash of
+    nested tuples that share their parts can take for ever.
+    """
+    stack: list[Any] = []
+    below: list[list[Any]] = []  # the stacks below marks
+    memo: dict[int, Any] = {}
+    argument: Any
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count >= LONGEST_PICKLE:
+            raise DataError(f"has more than {LONGEST_PICKLE:,} instructions")
+        above = stack
+        if opcode.name in ("TUPLE", "APPENDS", "SETITEMS"):
+            stack = below.pop()
+        match opcode.name:
+            case "PROTO" | "FRAME" | "STOP":
+                pass
+            case "MARK":
+                below.append(stack)
+                stack = []
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name])
+            case (
+                "BININT" | "BININT1" | "BININT2"
+                | "BINBYTES" | "SHORT_BINBYTES" | "BINUNICODE" | "SHORT_BINUNICODE"
+            ):  # fmt: skip
+                stack.append(argument)
+            case "BINSTRING" | "SHORT_BINSTRING":  # Python 2's
+                stack.append(argument.encode("latin-1"))
+            case "EMPTY_TUPLE" | "EMPTY_LIST" | "EMPTY_DICT":
+                stack.append({"TUPLE": tuple, "LIST": list, "DICT": dict}[opcode.name[6:]]())
+            case "TUPLE":
+                stack.append(tuple(above))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                size = int(opcode.name[-1])
+                stack[-size:] = [tuple(stack[-size:])]
+            case "APPEND":
+                stack[-2].append(stack.pop())
+            case "APPENDS":
+                stack[-1].extend(above)
+            case "SETITEM":
+                *stack, key, value = stack
+                _set_items(stack[-1], [key, value])
+            case "SETITEMS":
+                _set_items(stack[-1], above)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "GLOBAL":
+                stack.append(_admitted(*argument.split(" ", 1)))
+            case "STACK_GLOBAL":
+                stack[-2:] = [_admitted(*stack[-2:])]
+            case "REDUCE":
+                stack[-2:] = [_StandIn(stack[-1])]
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].state = state
+            case name:
+                raise DataError(f"has the instruction {name}")
+    return stack.pop()
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in ADMITTED:
-            return _StandIn
+def _set_items(target: Any, items: list[Any]) -> None:
+    if any(type(key) is not bytes for key in items[::2]):
+        raise DataError("has keys that are not bytes")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def _admitted(module: Any, name: Any) -> str:
+    if (module, name) not in ADMITTED:
         raise DataError(f"asks for {module}.{name}")
+    return f"{module}.{name}"
 
 
 def _python_batch(content: bytes, path: Path) -> Split:
     """A pickled dictionary, made by Python 2: its strings are bytes here."""
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            if "PUT" in opcode.name and int(argument or 0) > len(content):
-                raise DataError("numbers more than it has")  # and takes memory for as many
-        batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        batch = _read_pickle(content)
     except Exception as error:  # whatever a broken program may raise
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise DataError(
@@ -245,8 +333,8 @@ def _jpeg_split(archive: zipfile.ZipFile, split: str, path: Path) -> Split:
         read_npy(archive, name, path, partial(_check_vector, path, most), EXPECTED)
         for name, most in (
             (f"{split}_jpeg", LARGEST_JPEG),
-            (f"{split}_offsets", LARGEST + 1),
-            (f"{split}_labels", LARGEST),
+            (f"{split}_offsets", 8 * (LARGEST + 1)),
+            (f"{split}_labels", 8 * LARGEST),
         )
     )
     count = len(offsets) - 1
@@ -264,10 +352,11 @@ def _jpeg_split(archive: zipfile.ZipFile, split: str, path: Path) -> Split:
 
 
 def _check_vector(path: Path, most: int, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-    if len(shape) != 1 or dtype.kind not in "iu" or not 1 <= shape[0] <= most:
+    whole = len(shape) == 1 and dtype.kind in "iu"
+    if not whole or not 1 <= shape[0] <= most // dtype.itemsize:
         raise DataError(
-            f"{path}: '{name}' is {dtype} of shape {shape} instead of 1 to {most:,} integers; "
-            f"{EXPECTED}"
+            f"{path}: '{name}' is {dtype} of shape {shape} instead of integers, of up to {most:,} "
+            f"bytes; {EXPECTED}"
         )
 
 
@@ -291,7 +380,7 @@ def _openml() -> Cifar10:
     try:
         x, y = fetch_openml("CIFAR_10", version=1, as_frame=False, return_X_y=True, parser="auto")
         classes = y.astype(np.int32)
-    except (*BROKEN, http.client.HTTPException) as error:
+    except (OSError, ValueError, EOFError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(
             f"{source}: the download failed ({reason}); try again, or name files with --data"

@@ -1,6 +1,7 @@
 """A training that is stopped goes on from its checkpoints as if it had never stopped."""
 
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -20,7 +21,7 @@ import pytest
 import l1inf_optax as l1inf
 from l1inf_optax.experiments.checkpoints import open_checkpoints
 from l1inf_optax.experiments.options import OptionError
-from l1inf_optax.experiments.training import Lane, Snapshot, Task, train
+from l1inf_optax.experiments.training import Lane, Progress, Snapshot, Task, train
 from tests import devices
 
 RUN = {"name": "test", "c": [0.5, float("inf")]}
@@ -141,6 +142,49 @@ def test_a_forged_array_is_refused(tmp_path, monkeypatch):
         open_checkpoints(tmp_path, RUN) as (resume, _),
     ):
         assert resume.history[-1].step == 5
+
+
+def test_a_checkpoint_whose_run_is_no_run_is_refused(tmp_path):
+    with open_checkpoints(tmp_path, ["no", "run"], asynchronous=False) as (_, keep):
+        keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
+    with (
+        pytest.warns(UserWarning, match=r"step 1 is damaged .* does not say of which run"),
+        pytest.raises(OptionError, match="no checkpoint that can be read"),
+        open_checkpoints(tmp_path, RUN),
+    ):
+        pass
+
+
+def test_a_folder_that_cannot_be_opened_is_an_error(tmp_path):
+    with open_checkpoints(tmp_path, RUN, asynchronous=False) as (_, keep):
+        keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
+    (tmp_path / "1" / "_CHECKPOINT_METADATA").write_text("[]")
+    with (
+        pytest.raises(OptionError, match=r"cannot be opened .* name another folder"),
+        open_checkpoints(tmp_path, RUN),
+    ):
+        pass
+
+
+class Alarm:
+    """Raises when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a pickle was loaded')",)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_pickle_in_a_checkpoint_is_never_loaded(tmp_path):
+    with open_checkpoints(tmp_path, RUN, asynchronous=False) as (_, keep):
+        keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        path.write_bytes(pickle.dumps(Alarm()))
+    with (
+        pytest.warns(UserWarning, match="step 1 is damaged"),
+        pytest.raises(OptionError, match="no checkpoint that can be read"),
+        open_checkpoints(tmp_path, RUN),
+    ):
+        pass
 
 
 def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path):

@@ -6,7 +6,9 @@ import pickle
 import struct
 import sys
 import tarfile
+import tracemalloc
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -243,7 +245,11 @@ def bad_python_batches():
         "numpy's loader": (b"cnumpy\nload\n.", "numpy.load"),
         "a name with line breaks": (b"\x80\x04\x8c\x03a\nb\x8c\x01c\x93.", "asks for a b.c"),
         "endless nesting": (b"(" * 100_000 + b"t" * 100_000 + b".", "holds no images"),
-        "a huge memo": (b"Nr\xff\xff\xff\x7f.", "no pickle"),
+        "a huge memo": (b"Nr\xff\xff\xff\x7f.", "holds no images"),
+        "a key whose hash never ends": (b"})" + b"q\0h\0\x86" * 99 + b"Ns.", "not bytes"),
+        "endless empty lists": (b"]" * 2**18 + b".", "more than 262,144 instructions"),
+        "arguments that are no tuple": (b"cnumpy\ndtype\nNR.", "holds no images"),
+        "a long number": (b"\x8a\x01\x05.", "has the instruction LONG1"),
         "a list": (program([1, 2]), "holds no images"),
         "no labels": (python(images, labels, labels=None), "holds no images"),
         "no data": (python(images, labels, data=None), "holds no images"),
@@ -282,6 +288,25 @@ def test_a_link_to_nothing_is_no_batch(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "nowhere"
         archive.addfile(link)
     refuse(tmp_path / "x.tar", "holds no data_batch_1")
+
+
+@pytest.mark.parametrize("size", [2**40, -512])
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+def test_a_tar_header_that_lies_is_refused_before_memory_is_taken(tmp_path, kind, size):
+    member = tarfile.TarInfo(f"{NAME}.bin")
+    member.type, member.size = kind, size
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    for content in (header, gzip.compress(header + bytes(10**6))):
+        refuse(write(tmp_path, {"x.tar": content}) / "x.tar", "bytes")
+
+
+def test_a_tar_archive_of_endless_empty_files_takes_no_memory(tmp_path):
+    header = tarfile.TarInfo("x" * 90).tobuf()
+    (tmp_path / "x.tar").write_bytes(header * 2_000)
+    tracemalloc.start()
+    refuse(tmp_path / "x.tar", "holds no data_batch_1")
+    assert tracemalloc.get_traced_memory()[1] < 3e5
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
@@ -329,6 +354,15 @@ def test_a_bad_archive_of_jpeg_files_is_refused(tmp_path, case):
     changes, complaint = BAD_JPEGS[case]
     np.savez(tmp_path / "images.npz", **jpegs(**changes))
     refuse(tmp_path / "images.npz", complaint)
+
+
+def test_bytes_in_eight_bytes_each_are_refused_before_memory_is_taken(tmp_path):
+    header = io.BytesIO()
+    shape = {"shape": (2**28,), "fortran_order": False, "descr": "<i8"}
+    np.lib.format.write_array_header_1_0(header, shape)
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
+        archive.writestr("train_jpeg.npy", header.getvalue())
+    refuse(tmp_path / "images.npz", "up to 268,435,456 bytes")
 
 
 @pytest.mark.parametrize("position", [0.1, 0.4, 0.7])

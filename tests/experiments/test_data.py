@@ -252,3 +252,31 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(tmp_path, n):
         archive.writestr("x_train.npy", header.getvalue() + IMAGES["a"].tobytes())
     complaint = "data ends after" if n == 8 else f"announces {n}"
     refuse(tmp_path / "mnist.npz", complaint, "download it again")
+
+
+@pytest.mark.parametrize("descr", ["()", "[('a',)]", "'|u1", "(" * 500, "('|u1', (10**12,))"])
+def test_a_header_that_numpy_cannot_parse_is_refused(tmp_path, descr):
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': (7, 28, 28), }}\n".encode()
+    with zipfile.ZipFile(tmp_path / "mnist.npz", "w") as archive:
+        content = b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header
+        archive.writestr("x_train.npy", content)
+    refuse(tmp_path / "mnist.npz", "download it again")
+
+
+def test_an_archive_whose_entries_are_nowhere_is_refused(tmp_path):
+    content = bytearray(write_npz(tmp_path / "mnist.npz").read_bytes())
+    directory = content.index(b"PK\1\2")
+    content[directory + 42 : directory + 46] = b"\xff" * 4
+    (tmp_path / "mnist.npz").write_bytes(content)
+    refuse(tmp_path / "mnist.npz", "broken")
+
+
+@pytest.mark.parametrize("damaged", range(0, 24, 4))
+def test_a_damaged_lzma_stream_is_refused(tmp_path, damaged):
+    with zipfile.ZipFile(tmp_path / "mnist.npz", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("x_train.npy", bytes(1000))
+    content = bytearray((tmp_path / "mnist.npz").read_bytes())
+    start = content.index(b"x_train.npy") + len(b"x_train.npy")
+    content[start + damaged : start + damaged + 4] = b"\xff" * 4
+    (tmp_path / "mnist.npz").write_bytes(content)
+    refuse(tmp_path / "mnist.npz")
