@@ -1,5 +1,7 @@
 """The projection as one GPU kernel; not on the default path, as no GPU was at hand to measure it.
 
+JAX 0.11 deprecated the backend that compiles it, Triton: the kernel moves to Mosaic GPU, or goes.
+
 A program of the grid projects a block of columns: it searches for their thresholds by rereading
 the block in chunks of rows, from L2 while it fits there, and writes it once. In six lines:
 

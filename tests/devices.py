@@ -10,9 +10,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def environment(devices: int) -> dict[str, str]:
-    """Of a process that is to have so many devices and to find the tests."""
-    flag = f"--xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    """Of a process that has so many devices, finds the tests and takes deprecations for errors."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "error::DeprecationWarning",
+    }
 
 
 def run(program: str, devices: int, *arguments: Any) -> None:
