@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from l1inf_optax._projection import projection_l1inf_ball
@@ -57,6 +57,8 @@ def plot_weight_matrix(
     image = ax.imshow(
         matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="hidden unit", ylabel="input (row 0: bias)")
     ax.figure.colorbar(image, ax=ax, label="weight")
     return ax
