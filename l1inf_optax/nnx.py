@@ -7,6 +7,8 @@ Each layer is Flax's own, and runs Flax's own code, with a single difference: on
     V = (B, W^T)^T,    bias = V[0],    kernel = V[1:],
 
 so that a column of `V` is all that flows into one unit: what an L1,inf ball bounds.
+
+In Jupyter a layer shows its zeros and norms as a table, and its weights as a picture.
 """
 
 from __future__ import annotations

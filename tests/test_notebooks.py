@@ -3,7 +3,7 @@
 Pytest's filters do not reach a notebook's kernel. There PYTHONWARNINGS shows every warning, and
 whatever is written to stderr fails the test.
 
-`jupyter nbconvert --clear-output --inplace notebooks/*.ipynb` strips them and lays them out as it is
+`jupyter nbconvert --clear-output --inplace notebooks/*.ipynb` strips them and lays them out as
 asked for here.
 """
 
