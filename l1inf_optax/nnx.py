@@ -7,6 +7,8 @@ Each layer is Flax's own, and runs Flax's own code, with a single difference: on
     V = (B, W^T)^T,    bias = V[0],    kernel = V[1:],
 
 so that a column of `V` is all that flows into one unit: what an L1,inf ball bounds.
+
+In Jupyter a layer shows its zeros and norms as a table, and its weights as a picture.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from l1inf_optax._html import module_html
 from l1inf_optax._layers import AUGMENTED_KERNEL
 
 __all__ = ["AugmentedConv", "AugmentedLinear", "AugmentedMLP"]
@@ -94,6 +97,12 @@ def _with_signature_of(init: F) -> Callable[[Callable[..., None]], F]:
     return lambda wrapper: cast(F, functools.wraps(init)(wrapper))
 
 
+def _show(module: Any) -> str | None:
+    """What Jupyter displays."""
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return module_html(type(module).__name__, params, use_bias=module.use_bias)
+
+
 class AugmentedLinear(nnx.Linear):
     """A linear layer whose bias and weights are one matrix.
 
@@ -140,6 +149,7 @@ class AugmentedLinear(nnx.Linear):
 
     kernel: Any = _Rows(_kernel_rows)
     bias: Any = _Rows(_bias_row)
+    _repr_html_ = _show
 
     @_with_signature_of(nnx.Linear.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -205,6 +215,7 @@ class AugmentedConv(nnx.Conv):
 
     kernel: Any = _Rows(_kernel_rows)
     bias: Any = _Rows(_bias_row)
+    _repr_html_ = _show
 
     @_with_signature_of(nnx.Conv.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -255,6 +266,8 @@ class AugmentedMLP(nnx.Module):
         (2, 10)
     """
 
+    _repr_html_ = _show
+
     def __init__(
         self,
         in_features: int,
@@ -290,6 +303,7 @@ class AugmentedMLP(nnx.Module):
             in_features = width
         self.readout = nnx.Linear(in_features, readout, **options)
         self.activation = activation
+        self.use_bias = use_bias
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `inputs`, of shape `(*batch, in_features)`, to `(*batch, features[-1])`."""
