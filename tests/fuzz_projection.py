@@ -394,6 +394,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first batch")
     args = parser.parse_args()
+    np.seterr(over="ignore", invalid="ignore")  # infinities and NaN are part of the game
     out = Path(tempfile.mkdtemp(prefix="fuzz_projection_"))
     rows, complaints = run(args.columns, args.seed, args.first, out=out)
 
