@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error and ``SystemExit(2)``, as `argparse` has it.
     """
     try:
-        args = _parse(argv)
+        args = make_parser().parse_args(argv)
         args.run(args)
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "l1inf_optax":
@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, one subcommand for each experiment."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Tables and figures of 'Sparse deep neural networks using L1,inf-weight "
@@ -77,7 +78,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _fail(message: str) -> None:

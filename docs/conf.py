@@ -1,0 +1,80 @@
+"""The site: ``python -m sphinx -W --keep-going -b html docs docs/_build/html``.
+
+Pages are Markdown that GitHub shows too, notebooks, and an API reference made from the docstrings.
+"""
+
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+project = "l1inf-optax"
+html_title = project
+copyright = "the l1inf-optax contributors"
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_argparse_cli",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+exclude_patterns = ["_build", "figures", "**/.ipynb_checkpoints"]
+html_theme = "sphinx_book_theme"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"use_fullscreen_button": False, "use_download_button": False}
+
+myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+# What a docstring has in single backticks is a name, linked where it is known, or else code.
+default_role = "py:obj"
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say more than the annotations: shapes and dtypes
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# Inventories of the names used here, in Sphinx's readable first format, so that a build needs no
+# network and a link that is not among them is noticed here rather than on the site.
+intersphinx_mapping = {
+    name: (url, f"inventories/{name}.inv")
+    for name, url in {
+        "flax": "https://flax.readthedocs.io/en/latest/",
+        "jax": "https://docs.jax.dev/en/latest/",
+        "linen": "https://flax-linen.readthedocs.io/en/latest/",
+        "optax": "https://optax.readthedocs.io/en/latest/",
+        "sklearn": "https://scikit-learn.org/stable/",
+    }.items()
+}
+
+# The site has a page about these files of the repository, to which pages link for GitHub's readers.
+PAGES = {
+    "README": "index",
+    **{f"l1inf_optax/{name}.py": f"api/{name}" for name in ("bounds", "linen", "nnx")},
+}
+
+
+def link_to_pages(app: Sphinx, document: nodes.document) -> None:
+    """Turns links to the repository's files into links to the pages that stand for them."""
+    for kind in (addnodes.download_reference, addnodes.pending_xref):
+        for link in list(document.findall(kind)):
+            for file, page in PAGES.items():
+                if link.get("reftype") == "myst" and link["reftarget"].endswith(file):
+                    where = {"refdomain": "doc", "reftarget": page, "reftargetid": None}
+                    xref = addnodes.pending_xref("", *link.children, **{**link.attributes, **where})
+                    link.replace_self(xref)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("doctree-read", link_to_pages, priority=100)  # before downloads are collected
+    return {"parallel_read_safe": True}
