@@ -3,15 +3,18 @@
 Pages are Markdown that GitHub shows too, notebooks, and an API reference made from the docstrings.
 """
 
+import inspect
 from typing import Any
 
 from docutils import nodes
+from flax import linen, nnx
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
 project = "l1inf-optax"
 html_title = project
-copyright = "the l1inf-optax contributors"
+author = "the l1inf-optax contributors"
+copyright = author
 
 extensions = [
     "myst_nb",
@@ -27,7 +30,11 @@ exclude_patterns = ["_build", "figures", "**/.ipynb_checkpoints"]
 html_theme = "sphinx_book_theme"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_theme_options = {"use_fullscreen_button": False, "use_download_button": False}
+html_theme_options = {
+    "navbar_persistent": [],  # the sidebar has a search field
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -40,6 +47,7 @@ copybutton_prompt_is_regexp = True
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say more than the annotations: shapes and dtypes
+napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
@@ -69,12 +77,39 @@ def link_to_pages(app: Sphinx, document: nodes.document) -> None:
         for link in list(document.findall(kind)):
             for file, page in PAGES.items():
                 if link.get("reftype") == "myst" and link["reftarget"].endswith(file):
-                    where = {"refdomain": "doc", "reftarget": page, "reftargetid": None}
-                    xref = addnodes.pending_xref("", *link.children, **{**link.attributes, **where})
-                    link.replace_self(xref)
+                    target = {"reftargetid": None, **link.attributes}
+                    target |= {"refdomain": "doc", "reftarget": page}
+                    link.replace_self(addnodes.pending_xref("", *link.children, **target))
+
+
+class Dots:
+    """Stands for a default that is no number or name."""
+
+    def __repr__(self) -> str:
+        return "..."
+
+
+def module_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    """The arguments of a Flax module as its ``__init__`` has them, without functions' addresses."""
+    if what != "class" or not issubclass(obj, (linen.Module, nnx.Module)):
+        return None
+    _, *arguments = inspect.signature(obj.__init__).parameters.values()
+    plain = (bool, int, str, type(None))
+    shown = [
+        a.replace(
+            annotation=a.empty,
+            default=a.default if a.default is a.empty or isinstance(a.default, plain) else Dots(),
+        )
+        for a in arguments
+        if a.name not in ("parent", "name")  # Linen's own
+    ]
+    return str(inspect.Signature(shown)), returns
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.connect("doctree-read", link_to_pages, priority=100)  # before downloads are collected
+    app.connect("autodoc-process-signature", module_signature)
     return {"parallel_read_safe": True}
