@@ -51,8 +51,8 @@ napoleon_attr_annotations = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# Inventories of the names used here, in Sphinx's readable first format, so that a build needs no
-# network and a link that is not among them is noticed here rather than on the site.
+# The names of other libraries that docstrings link to, in Sphinx's readable first inventory format:
+# a build needs no network. A name that is missing there is shown as code, without a link.
 intersphinx_mapping = {
     name: (url, f"inventories/{name}.inv")
     for name, url in {
