@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from l1inf_optax._html import module_html
 from l1inf_optax._layers import AUGMENTED_KERNEL
 
 __all__ = ["AugmentedConv", "AugmentedDense", "AugmentedMLP"]
@@ -71,6 +72,15 @@ def _param(
     return nn.Module.param(layer, name, init_fn, *init_args, **init_kwargs)
 
 
+@nn.nowrap
+def _show(module: Any) -> str | None:
+    """What Jupyter displays: for a module that is bound to its parameters, and so has some."""
+    if module.scope is None:
+        return None
+    params = nn.meta.unbox(module.variables.get("params", {}))
+    return module_html(type(module).__name__, params, use_bias=module.use_bias)
+
+
 class AugmentedDense(nn.Dense):
     r"""A dense layer whose bias and weights are one matrix.
 
@@ -115,6 +125,7 @@ class AugmentedDense(nn.Dense):
     """
 
     param = _param
+    _repr_html_ = _show
 
 
 class AugmentedConv(nn.Conv):
@@ -171,6 +182,7 @@ class AugmentedConv(nn.Conv):
     """
 
     param = _param
+    _repr_html_ = _show
 
     @nn.nowrap
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -225,6 +237,8 @@ class AugmentedMLP(nn.Module):
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+
+    _repr_html_ = _show
 
     def __post_init__(self) -> None:
         if not isinstance(self.features, Sequence) or not self.features:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from l1inf_optax._html import module_html
 from l1inf_optax._layers import AUGMENTED_KERNEL
 
 __all__ = ["AugmentedConv", "AugmentedLinear", "AugmentedMLP"]
@@ -94,6 +95,12 @@ def _with_signature_of(init: F) -> Callable[[Callable[..., None]], F]:
     return lambda wrapper: cast(F, functools.wraps(init)(wrapper))
 
 
+def _show(module: Any) -> str | None:
+    """What Jupyter displays."""
+    params = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return module_html(type(module).__name__, params, use_bias=module.use_bias)
+
+
 class AugmentedLinear(nnx.Linear):
     r"""A linear layer whose bias and weights are one matrix.
 
@@ -140,6 +147,7 @@ class AugmentedLinear(nnx.Linear):
 
     kernel: Any = _Rows(_kernel_rows)
     bias: Any = _Rows(_bias_row)
+    _repr_html_ = _show
 
     @_with_signature_of(nnx.Linear.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -205,6 +213,7 @@ class AugmentedConv(nnx.Conv):
 
     kernel: Any = _Rows(_kernel_rows)
     bias: Any = _Rows(_bias_row)
+    _repr_html_ = _show
 
     @_with_signature_of(nnx.Conv.__init__)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -255,6 +264,8 @@ class AugmentedMLP(nnx.Module):
         (2, 10)
     """
 
+    _repr_html_ = _show
+
     def __init__(
         self,
         in_features: int,
@@ -290,6 +301,7 @@ class AugmentedMLP(nnx.Module):
             in_features = width
         self.readout = nnx.Linear(in_features, readout, **options)
         self.activation = activation
+        self.use_bias = use_bias
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps `inputs`, of shape `(*batch, in_features)`, to `(*batch, features[-1])`."""

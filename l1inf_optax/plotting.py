@@ -7,15 +7,20 @@ figure can be put together from several. Colours are those of Okabe and Ito and 
 centred on zero: both can be told apart by readers with any common colour vision.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from l1inf_optax._projection import projection_l1inf_ball
+
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's blue and vermilion
+COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # more of theirs
 DIVERGING = "RdBu_r"  # white at zero: an exact zero is blank
 
 
@@ -52,6 +57,8 @@ def plot_weight_matrix(
     image = ax.imshow(
         matrix, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
     )
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="hidden unit", ylabel="input (row 0: bias)")
     ax.figure.colorbar(image, ax=ax, label="weight")
     return ax
@@ -89,20 +96,9 @@ def plot_receptive_fields(
         >>> ax.images[0].get_array().shape  # 2 x 2 pictures of 2 x 3 pixels, 1 pixel apart
         (5, 7)
     """
-    matrix = _matrix(augmented_kernel)
-    height, width = shape
-    if len(matrix) != 1 + height * width:
-        raise ValueError(
-            f"shape is {shape}, {height * width} pixels, but augmented_kernel has {len(matrix)} "
-            "rows: give height and width of the inputs, whose product is one less"
-        )
-    pictures = matrix[1:, :units].T.reshape(-1, height, width)
-    limit = _limit(pictures)
-    ax = plt.gca() if ax is None else ax
-    colors = plt.get_cmap(DIVERGING).with_extremes(bad="0.6")
-    image = ax.imshow(_mosaic(pictures), cmap=colors, vmin=-limit, vmax=limit)
+    pictures = _pictures(augmented_kernel, shape, units)
+    ax = _draw_pictures(pictures, int(np.ceil(np.sqrt(len(pictures)))), ax)
     ax.set(xticks=[], yticks=[])
-    ax.figure.colorbar(image, ax=ax, label="weight", fraction=0.046, pad=0.03, extend="both")
     return ax
 
 
@@ -312,6 +308,345 @@ def plot_selection(
     return ax
 
 
+def plot_ball(c: float, ax: Axes | None = None) -> Axes:
+    """The L1 ball of radius c in the plane of two weights, a square that stands on a corner.
+
+    Args:
+        c: the normalization constant.
+        ax: where to draw; the current axes by default.
+
+    Returns:
+        The axes, with equal units on both.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_ball(2.0, ax)
+        >>> ax.patches[0].get_xy().tolist()
+        [[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0], [2.0, 0.0]]
+    """
+    ax = plt.gca() if ax is None else ax
+    label = f"$\\|v\\|_1 \\leq {c:g}$"
+    ax.fill([c, 0, -c, 0], [0, c, 0, -c], facecolor=BLUE + "30", edgecolor=BLUE, label=label)
+    ax.set(xlabel="first weight", ylabel="second weight", aspect="equal")
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def plot_projection(columns: ArrayLike, c: float, ax: Axes | None = None) -> Axes:
+    """Columns of two weights, the L1 ball, and where the projection takes them.
+
+    Args:
+        columns: ``(2, n)``, as they are before the projection.
+        c: the normalization constant.
+        ax: where to draw; the current axes by default.
+
+    Returns:
+        The axes: hollow circles are the columns, lines lead to their projections. Those with an
+        exact zero are squares.
+
+    Raises:
+        ValueError: if ``columns`` has not two rows.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_projection([[1.5, 1.0], [0.25, 1.0]], 1.0, ax)
+        >>> [(line.get_label(), line.get_xydata().round(6).tolist()) for line in ax.lines[-2:]]
+        [('projection', [[0.5, 0.5]]), ('projection, one weight exactly 0', [[1.0, 0.0]])]
+    """
+    before = np.asarray(columns, np.float64)
+    if before.ndim != 2 or len(before) != 2:
+        raise ValueError(f"columns has shape {before.shape}: give (2, n), two weights a column")
+    ax = plot_ball(c, ax)
+    after = np.asarray(projection_l1inf_ball(jnp.asarray(before, jnp.float32), c), np.float64)
+    for start, end in zip(before.T, after.T, strict=True):
+        ax.plot(*np.stack([start, end], 1), color="0.45", linewidth=1, zorder=1.5)
+    ax.plot(*before, "o", color="0.25", markerfacecolor="white", label="column")
+    corner = (after == 0).any(0)
+    ax.plot(*after[:, ~corner], "o", color=BLUE, label="projection")
+    label = "projection, one weight exactly 0"
+    ax.plot(*after[:, corner], "s", color=ORANGE, label=label)
+    return ax
+
+
+def plot_threshold(column: ArrayLike, theta: float, ax: Axes | None = None) -> Axes:
+    """What a threshold leaves of a column: its magnitudes, from the largest to the smallest.
+
+    Args:
+        column: ``(n,)`` weights.
+        theta: the threshold, 0 or more. It projects onto the ball whose radius is the sum in the
+            title.
+        ax: where to draw; the current axes by default.
+
+    Returns:
+        The axes: the part of each bar above the threshold stays, the part below is taken off.
+
+    Raises:
+        ValueError: if ``column`` has not one axis.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_threshold([0.5, -2.0, 1.0], 0.75, ax)
+        >>> [float(bar.get_height()) for bar in ax.containers[1]]  # of 2, 1 and 0.5
+        [1.25, 0.25, 0.0]
+    """
+    sizes = np.sort(np.abs(_vector(column)))[::-1]
+    rest = np.maximum(sizes - theta, 0)
+    ax = plt.gca() if ax is None else ax
+    places = np.arange(1, len(sizes) + 1)
+    ax.bar(places, sizes - rest, color="0.8", label="taken off")
+    ax.bar(places, rest, bottom=sizes - rest, color=BLUE, label="stays")
+    ax.axhline(theta, color=ORANGE, label=r"threshold $\theta$")
+    ax.set(xlabel="weight, by magnitude", ylabel="magnitude")
+    ax.set_title(f"$\\theta$ = {theta:.3g}: {rest.sum():.3g} stays")
+    return ax
+
+
+def plot_newton(column: ArrayLike, c: float, ax: Axes | None = None) -> Axes:
+    r"""Newton's passes to the threshold that projects a column.
+
+    The norm of what a threshold leaves, ``sum max(|v| - theta, 0)``, is convex, decreasing and
+    made of straight pieces. Newton's method follows its tangents down to c, from 0 on. Here it is
+    the textbook's iteration, in float64; the library's starts closer and is safe from rounding.
+
+    Args:
+        column: ``(n,)`` weights, with an L1 norm of more than c.
+        c: the normalization constant.
+        ax: where to draw; the current axes by default.
+
+    Returns:
+        The axes: the curve, the level c, and the tangents, with a dot for each pass.
+
+    Raises:
+        ValueError: if ``column`` has not one axis, or is inside the ball.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_newton([4.0, 2.0, 1.0], 2.5, ax)
+        >>> ax.lines[-1].get_xydata().tolist()  # a pass's threshold, and what it leaves
+        [[0.0, 7.0], [1.5, 3.0], [1.75, 2.5]]
+    """
+    sizes = np.abs(_vector(column))
+
+    def left(theta: ArrayLike) -> NDArray[np.float64]:
+        return np.maximum(sizes - np.asarray(theta)[..., None], 0).sum(-1)
+
+    if not left(0.0) > c:
+        raise ValueError(f"column has an L1 norm of {left(0.0):g}, c is {c:g}: nothing to project")
+    passes: list[float] = [0.0]
+    # Every pass but the last takes a weight out of the sum, so there are no more than weights.
+    while len(passes) <= len(sizes) and left(passes[-1]) > c * (1 + 1e-12):
+        passes.append(passes[-1] + float((left(passes[-1]) - c) / (sizes > passes[-1]).sum()))
+    ax = plt.gca() if ax is None else ax
+    end = min(2 * passes[-1], sizes.max())
+    thetas = np.unique(np.concatenate([sizes[sizes < end], [0.0, end]]))
+    ax.plot(thetas, left(thetas), color=BLUE, label=r"norm of what $\theta$ leaves")
+    ax.axhline(c, color="0.3", linestyle="--", label=f"c = {c:g}")
+    for theta, reached in itertools.pairwise(passes):
+        tangent = np.array([left(theta), c, left(reached)], float)
+        ax.plot([theta, reached, reached], tangent, color=ORANGE, linewidth=1)
+    ax.plot(passes, left(passes), "o", color=ORANGE, label="Newton's passes")
+    ax.set(xlabel=r"threshold $\theta$", ylabel="L1 norm")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_receptive_fields_over_training(
+    augmented_kernels: ArrayLike,
+    steps: ArrayLike,
+    shape: tuple[int, int],
+    ax: Axes | None = None,
+    *,
+    units: int = 5,
+) -> Axes:
+    """The weights of the first units as pictures, a row for each unit and a column for each time.
+
+    Args:
+        augmented_kernels: ``(m, 1 + height * width, d_out)``, the matrix at m times; the biases in
+            row 0 are not drawn.
+        steps: ``(m,)`` how many steps had been taken.
+        shape: height and width of the input pictures, in pixels.
+        ax: where to draw; the current axes by default.
+        units: how many units to show, at most.
+
+    Returns:
+        The axes. All pictures share one colour scale, white where a weight is zero.
+
+    Raises:
+        ValueError: if there is not one matrix for each time or ``shape`` does not hold its inputs.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> import numpy as np
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> kernels = np.ones((3, 1 + 6, 4))
+        >>> ax = plotting.plot_receptive_fields_over_training(kernels, [0, 10, 20], (2, 3), ax)
+        >>> ax.images[0].get_array().shape  # 4 x 3 pictures of 2 x 3 pixels, 1 pixel apart
+        (11, 11)
+    """
+    kernels, times = np.asarray(augmented_kernels, np.float64), np.asarray(steps)
+    if kernels.ndim != 3 or times.shape != kernels.shape[:1]:
+        raise ValueError(
+            f"augmented_kernels has shape {kernels.shape}, for steps of shape {times.shape}: give "
+            "(m, d_in + 1, d_out) matrices for m times"
+        )
+    pictures = np.stack([_pictures(kernel, shape, units) for kernel in kernels], axis=1)
+    ax = _draw_pictures(pictures.reshape(-1, *shape), len(times), ax)
+    for axis, pixels, texts in (
+        (ax.xaxis, shape[1], [f"{time:g}" for time in times]),
+        (ax.yaxis, shape[0], [str(unit + 1) for unit in range(len(pictures))]),
+    ):
+        axis.set_ticks((pixels + 1) * np.arange(len(texts)) + (pixels - 1) / 2, texts)
+    ax.tick_params(length=0)
+    ax.set(xlabel="training step", ylabel="hidden unit")
+    return ax
+
+
+def plot_path(
+    c: ArrayLike,
+    weights: ArrayLike,
+    ax: Axes | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    named: int = 6,
+    label: str = "weight",
+) -> Axes:
+    """Weights against c: how they enter as the ball grows, like a lasso path.
+
+    Args:
+        c: ``(m,)`` radii, positive and finite.
+        weights: ``(m, d)`` for each c, for instance of each input.
+        ax: where to draw; the current axes by default.
+        names: of the d weights; numbers from 1 by default.
+        named: so many, those that get the largest, are drawn in colour and named. The others are
+            grey.
+        label: of the vertical axis.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: if ``weights`` has not one row for each c, or ``names`` not one for each weight.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> path = [[0.0, 0.1, 0.0], [0.0, 0.7, 0.3]]
+        >>> ax = plotting.plot_path([0.1, 1.0], path, ax, names=["age", "sex", "bmi"], named=2)
+        >>> [text.get_text() for text in ax.get_legend().get_texts()]
+        ['sex', 'bmi', 'others']
+    """
+    radii, values = np.asarray(c, np.float64), np.asarray(weights, np.float64)
+    if values.ndim != 2 or radii.shape != values.shape[:1]:
+        raise ValueError(
+            f"weights has shape {values.shape}, for c of shape {radii.shape}: give (m, d) weights "
+            "for m radii"
+        )
+    texts = [str(i + 1) for i in range(values.shape[1])] if names is None else list(names)
+    if len(texts) != values.shape[1]:
+        raise ValueError(f"names has {len(texts)} entries for {values.shape[1]} weights: name each")
+    ax = plt.gca() if ax is None else ax
+    order = np.argsort(radii)
+    radii, values = radii[order], values[order]
+    by_size = np.argsort(-np.abs(values).max(0), kind="stable")
+    styles = zip(itertools.cycle(COLORS), itertools.cycle("os^vDP"), strict=False)
+    for i, (color, marker) in zip(by_size[:named], styles, strict=False):
+        ax.plot(radii, values[:, i], color=color, marker=marker, markersize=5, label=texts[i])
+    others = values[:, by_size[named:]]
+    if others.size:
+        lines = ax.plot(radii, others, color="0.65", linewidth=0.8, zorder=1.5)
+        lines[0].set_label("others")
+    ax.axhline(0, color="0.3", linewidth=0.8, zorder=1)
+    ax.set(xscale="log", xlabel="normalization constant c", ylabel=label)
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_bounds(
+    x: ArrayLike,
+    gap: ArrayLike,
+    bounds: Mapping[str, ArrayLike],
+    ax: Axes | None = None,
+    *,
+    trivial: float,
+    spread: Mapping[str, ArrayLike] | None = None,
+    xlabel: str = "normalization constant c",
+) -> Axes:
+    """Measured generalization errors beside what the theory promises, on logarithmic axes.
+
+    Args:
+        x: ``(m,)`` what was varied, positive: for instance c, or the size of the sample.
+        gap: ``(m,)`` measured gaps between the risks on the sample and on new data.
+        bounds: ``(m,)`` bounds on them, one or two, by name.
+        ax: where to draw; the current axes by default.
+        trivial: a risk that is had for nothing, a dashed line: in the grey above it a bound says
+            nothing.
+        spread: ``(m,)`` half lengths of error bars, by name; the gap's is ``"measured"``.
+        xlabel: of the horizontal axis.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import matplotlib.pyplot as plt
+        >>> from l1inf_optax import plotting
+        >>> figure, ax = plt.subplots()
+        >>> ax = plotting.plot_bounds([0.1, 1], [0.1, 0.2], {"by c": [1, 2]}, ax, trivial=0.7)
+        >>> ax.get_legend_handles_labels()[1]
+        ['above it a bound says nothing', 'by c', 'measured']
+    """
+    ax = plt.gca() if ax is None else ax
+    lines = {**bounds, "measured": gap}
+    styles = dict(zip(bounds, ((ORANGE, "s"), ("0.25", "^")), strict=False))
+    styles["measured"] = (BLUE, "o")
+    for name, (color, marker) in styles.items():
+        means = np.asarray(lines[name], np.float64)
+        bars = np.zeros_like(means) if spread is None else np.asarray(spread[name], np.float64)
+        below = np.minimum(bars, 0.9 * means)  # the axis is logarithmic
+        ax.errorbar(x, means, (below, bars), color=color, marker=marker, capsize=3, label=name)
+    top = max(trivial, *(float(np.max(values)) for values in lines.values()))
+    ax.axhspan(trivial, 10 * top, color="0.92", zorder=0)
+    ax.axhline(trivial, color="0.5", linestyle="--", label="above it a bound says nothing")
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel="gap")
+    ax.set_xticks(np.asarray(x), [f"{value:g}" for value in np.asarray(x)])
+    ax.minorticks_off()
+    ax.margins(y=0.02)
+    ax.grid(alpha=0.3)
+    return ax
+
+
+def _vector(column: ArrayLike) -> NDArray[np.float64]:
+    vector = np.asarray(column, np.float64)
+    if vector.ndim != 1:
+        raise ValueError(f"column has shape {vector.shape}: give one column, (n,)")
+    return vector
+
+
 def _matrix(augmented_kernel: ArrayLike) -> NDArray[np.float64]:
     matrix = np.asarray(augmented_kernel, np.float64)
     if matrix.ndim != 2:
@@ -328,12 +663,31 @@ def _limit(weights: NDArray[np.float64]) -> float:
     return float(np.percentile(nonzero, 99.5)) if nonzero.size else 1.0
 
 
-def _mosaic(pictures: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``(n, height, width)`` pictures in a near-square grid, one blank (NaN) pixel apart."""
+def _pictures(
+    augmented_kernel: ArrayLike, shape: tuple[int, int], units: int
+) -> NDArray[np.float64]:
+    """``(n, height, width)`` weights of the first units."""
+    matrix = _matrix(augmented_kernel)
+    height, width = shape
+    if len(matrix) != 1 + height * width:
+        raise ValueError(
+            f"shape is {shape}, {height * width} pixels, but augmented_kernel has {len(matrix)} "
+            "rows: give height and width of the inputs, whose product is one less"
+        )
+    return matrix[1:, :units].T.reshape(-1, height, width)
+
+
+def _draw_pictures(pictures: NDArray[np.float64], across: int, ax: Axes | None) -> Axes:
+    """``(n, height, width)`` pictures in a grid, one grey pixel apart, on one colour scale."""
     n, height, width = pictures.shape
-    across = int(np.ceil(np.sqrt(n)))
     down = -(-n // across)
     cells = np.full((down * across, height + 1, width + 1), np.nan)
     cells[:n, :height, :width] = pictures
     grid = cells.reshape(down, across, height + 1, width + 1).swapaxes(1, 2)
-    return grid.reshape(down * (height + 1), across * (width + 1))[:-1, :-1]
+    mosaic = grid.reshape(down * (height + 1), across * (width + 1))[:-1, :-1]
+    ax = plt.gca() if ax is None else ax
+    limit = _limit(pictures)
+    colors = plt.get_cmap(DIVERGING).with_extremes(bad="0.6")
+    image = ax.imshow(mosaic, cmap=colors, vmin=-limit, vmax=limit)
+    ax.figure.colorbar(image, ax=ax, label="weight", fraction=0.046, pad=0.03, extend="both")
+    return ax

@@ -92,19 +92,25 @@ class SparsityReport:
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
     def _repr_html_(self) -> str:
-        head, *body = self._rows()
+        head, *layers, total = self._rows()
+        # Lines in the colour of the text: they show on a light and on a dark page.
+        line = "1px solid currentColor"
 
-        def row(cells: list[str], tag: str) -> str:
+        def row(cells: list[str], tag: str, style: str = "") -> str:
             align = ["left", "left"] + ["right"] * (len(cells) - 2)
             return "".join(
-                f'<{tag} style="text-align: {side}">{html.escape(cell)}</{tag}>'
+                f'<{tag} style="text-align: {side}; padding: 0.3em 0.7em; {style}">'
+                f"{html.escape(cell)}</{tag}>"
                 for cell, side in zip(cells, align, strict=True)
             )
 
         return (
-            f"<table><thead><tr>{row(head, 'th')}</tr></thead><tbody>"
-            + "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in body[:-1])
-            + f"</tbody><tfoot><tr>{row(body[-1], 'th')}</tr></tfoot></table>"
+            '<div style="overflow-x: auto">'
+            '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums">'
+            f"<thead><tr>{row(head, 'th', f'border-bottom: {line}')}</tr></thead><tbody>"
+            + "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in layers)
+            + f"</tbody><tfoot><tr>{row(total, 'th', f'border-top: {line}')}</tr></tfoot>"
+            "</table></div>"
         )
 
     def _rows(self) -> list[list[str]]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 import l1inf_optax as l1inf
+from l1inf_optax import plotting
 
 CURVATURE = np.array([1.0, 30.0])
 TARGET = np.array([1.6, 0.9])
@@ -60,17 +61,14 @@ def main() -> None:
     figure, every = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axes, (name, tx) in zip(every, paths.items(), strict=True):
         axes.contour(x, y, np.sqrt(height), levels=12, colors="0.8", linewidths=0.8)
-        axes.fill(
-            [0, C, 0], [0, 0, C], color="tab:blue", alpha=0.15, label=f"$\\|w\\|_1 \\leq {C:g}$"
-        )
+        plotting.plot_ball(C, axes)
         walk = path(tx)
         axes.plot(*walk.T, ".-", color="tab:red", markersize=3, linewidth=1, label="Adam's path")
         axes.plot(*walk[-1], "o", color="tab:red", markersize=8, label="its end")
         axes.plot(*best, "k*", markersize=13, markerfacecolor="none", label="optimum in the ball")
         axes.set_title(name)
-        axes.set_xlabel("first weight")
-        axes.set_aspect("equal")
-    every[0].set_ylabel("second weight")
+        axes.set(xlim=(-0.1, 1.3), ylim=(-0.1, 1.15))
+    every[1].set_ylabel("")
     every[1].legend(fontsize="small", loc="upper right")
     figure.savefig(Path(__file__).parent.parent / "images" / "adam_paths.png", dpi=130)
 

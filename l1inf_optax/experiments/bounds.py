@@ -217,22 +217,15 @@ def _figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 
 def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
-    c = [row["c"] for row in rows]
-    lines = {
-        "bound_by_c": ("bound by c", plotting.ORANGE, "s"),
-        "bound_by_norms": ("bound by the norms reached", "0.25", "^"),
-        "gap": ("measured", plotting.BLUE, "o"),
-    }
-    for column, (label, color, marker) in lines.items():
-        spread = [row["std"][column] for row in rows]
-        means = np.array([row[column] for row in rows])
-        below = np.minimum(spread, 0.9 * means)  # the axis is logarithmic
-        ax.errorbar(c, means, (below, spread), color=color, marker=marker, capsize=3, label=label)
-    trivial = rows[0]["trivial_risk"]
-    ax.axhspan(trivial, 10 * max(row["bound_by_c"] for row in rows), color="0.92", zorder=0)
-    ax.axhline(trivial, color="0.5", linestyle="--", label="above it a bound says nothing")
-    ax.set(xscale="log", yscale="log", xlabel="normalization constant c")
-    ax.set_xticks(c, [f"{radius:g}" for radius in c])
-    ax.minorticks_off()
-    ax.margins(y=0.02)
-    ax.grid(alpha=0.3)
+    names = {"bound by c": "bound_by_c", "bound by the norms reached": "bound_by_norms"}
+    plotting.plot_bounds(
+        [row["c"] for row in rows],
+        [row["gap"] for row in rows],
+        {name: [row[column] for row in rows] for name, column in names.items()},
+        ax,
+        trivial=rows[0]["trivial_risk"],
+        spread={
+            name: [row["std"][column] for row in rows]
+            for name, column in {**names, "measured": "gap"}.items()
+        },
+    )
