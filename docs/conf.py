@@ -4,6 +4,7 @@ Pages are Markdown that GitHub shows too, notebooks, and an API reference made f
 """
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -64,10 +65,13 @@ intersphinx_mapping = {
     }.items()
 }
 
+NOTEBOOKS = Path(__file__).parent / "notebooks"  # a link to those at the top of the repository
+
 # The site has a page about these files of the repository, to which pages link for GitHub's readers.
 PAGES = {
     "README": "index",
     **{f"l1inf_optax/{name}.py": f"api/{name}" for name in ("bounds", "linen", "nnx")},
+    **{f"notebooks/{path.stem}": f"notebooks/{path.stem}" for path in NOTEBOOKS.glob("*.ipynb")},
 }
 
 
