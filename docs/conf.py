@@ -40,6 +40,7 @@ html_theme_options = {
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_timeout = 300
+nb_merge_streams = True
 nb_execution_raise_on_error = True
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
