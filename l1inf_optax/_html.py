@@ -28,11 +28,15 @@ def module_html(name: str, params: Any, *, use_bias: bool) -> str | None:
     arrays = jax.tree.leaves(params)
     if not arrays or not all(isinstance(x, jax.Array | np.ndarray) for x in arrays):
         return None
-    layers = None if use_bias else {"*": LayerDimensionNumbers(-2, -1)}
+    layers = None if use_bias else jax.tree.map(_without_bias, params)
     report = sparsity_report(params, layers=layers)._repr_html_()
     title = f"<code>{html.escape(name)}</code>, {arrays[0].dtype}"
     picture = _picture(arrays[0], use_bias) if len(arrays) == 1 and arrays[0].ndim == 2 else ""
     return f"<div>{title}{report}{picture}</div>"
+
+
+def _without_bias(array: Any) -> LayerDimensionNumbers | None:
+    return LayerDimensionNumbers(-2, -1) if array.ndim > 1 else None
 
 
 def _picture(matrix: Any, use_bias: bool) -> str:

@@ -7,6 +7,9 @@ hands out its rows,
     .. math:: V = (B, W^\top)^\top, \quad \text{bias} = V_0, \quad \text{kernel} = V_{1:},
 
 so that a column of `V` is all that flows into one unit: what an L1,inf ball bounds.
+
+In Jupyter a layer that is bound to its parameters shows its zeros and norms as a table, and its
+weights as a picture.
 """
 
 from __future__ import annotations

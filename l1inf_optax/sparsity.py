@@ -95,6 +95,7 @@ class SparsityReport:
         head, *layers, total = self._rows()
         # Lines in the colour of the text: they show on a light and on a dark page.
         line = "1px solid currentColor"
+        table = "border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap"
 
         def row(cells: list[str], tag: str, style: str = "") -> str:
             align = ["left", "left"] + ["right"] * (len(cells) - 2)
@@ -106,7 +107,7 @@ class SparsityReport:
 
         return (
             '<div style="overflow-x: auto">'
-            '<table style="border-collapse: collapse; font-variant-numeric: tabular-nums">'
+            f'<table style="{table}">'
             f"<thead><tr>{row(head, 'th', f'border-bottom: {line}')}</tr></thead><tbody>"
             + "".join(f"<tr>{row(cells, 'td')}</tr>" for cells in layers)
             + f"</tbody><tfoot><tr>{row(total, 'th', f'border-top: {line}')}</tr></tfoot>"

@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         out / "trials.png", dpi=150
     )
     shown = dict.fromkeys((len(radii) - 1 if best == 0 else 0, best))  # of the first trial
-    _weights_figure({radii[i]: kernels[i] for i in shown}).savefig(out / "weights.png", dpi=150)
+    weights_figure({radii[i]: kernels[i] for i in shown}).savefig(out / "weights.png", dpi=150)
     console.print(f"wrote results.json, trials.png and weights.png to {out}")
 
 
@@ -220,6 +220,24 @@ def true_inputs(augmented_kernels: np.ndarray) -> np.ndarray:
     return (np.argsort(-weights, axis=1)[:, :4] < 4).sum(axis=1)
 
 
+def weights_figure(kernels: Mapping[float, np.ndarray]) -> Figure:
+    """Figure 3: the first layer's weights of the first 20 inputs; four of them matter.
+
+    Args:
+        kernels: from c to the first layer's ``(501, units)`` augmented matrix.
+
+    Returns:
+        The figure, a panel for each c.
+    """
+    figure = Figure(figsize=(5 * len(kernels), 4), layout="constrained")
+    panels = figure.subplots(1, len(kernels), squeeze=False)[0]
+    for ax, (c, kernel) in zip(panels, kernels.items(), strict=True):
+        plotting.plot_weight_matrix(kernel[1:21].T, ax)
+        ax.set(xlabel="input", ylabel="hidden unit", title=f"c = {'∞' if np.isinf(c) else c}")
+        ax.set_xticks(range(0, 20, 2), range(1, 21, 2))
+    return figure
+
+
 def _by_layer(c: Radii, names: Sequence[str]) -> dict[str, jax.Array]:
     radii = c if isinstance(c, Mapping) else dict.fromkeys(names, c)
     return {name: jnp.asarray(radii[name]) for name in names}
@@ -249,14 +267,3 @@ def _scale_biases(factor: jax.Array) -> optax.GradientTransformation:
         return jax.tree.map(lambda u: u.at[0].multiply(factor.astype(u.dtype)), updates)
 
     return optax.stateless(scale)
-
-
-def _weights_figure(kernels: Mapping[float, np.ndarray]) -> Figure:
-    """Figure 3: the first layer's weights of the first 20 inputs; four of them matter."""
-    figure = Figure(figsize=(5 * len(kernels), 4), layout="constrained")
-    panels = figure.subplots(1, len(kernels), squeeze=False)[0]
-    for ax, (c, kernel) in zip(panels, kernels.items(), strict=True):
-        plotting.plot_weight_matrix(kernel[1:21].T, ax)
-        ax.set(xlabel="input", ylabel="hidden unit", title=f"c = {'∞' if np.isinf(c) else c}")
-        ax.set_xticks(range(0, 20, 2), range(1, 21, 2))
-    return figure
