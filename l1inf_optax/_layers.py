@@ -453,7 +453,7 @@ def convert_params(params: Any, like: Any) -> Any:
     knows nothing of this library.
 
     Args:
-        params: Parameters: nested dicts, an `nnx.State`, or any other pytree.
+        params: Parameters: nested dicts, an `flax.nnx.State`, or any other pytree.
         like: The wanted pytree, of arrays or of `jax.ShapeDtypeStruct` such as `jax.eval_shape`
             gives. Only structure and shapes are read.
 

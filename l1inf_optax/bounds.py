@@ -496,20 +496,21 @@ def certificate(
     :math:`\min((y - f(x))^2, t^2)` (Theorem 2; the paper's Remark 3 is a quarter of that at t = 2).
 
     Args:
-        params: Trained parameters, any pytree that :func:`keep_params_in_l1inf_ball` understands.
+        params: Trained parameters, any pytree that :func:`~l1inf_optax.keep_params_in_l1inf_ball`
+            understands.
         x: ``(n, ...)`` inputs it was trained on.
         y: ``(n,)`` targets or classes.
         apply: ``(params, x) -> outputs``, of shape ``(n,)``, ``(n, 1)`` or ``(n, m2)``.
         c: The hidden layers, as globs over their paths, and the normalization constant of each:
-            a mapping as in :func:`keep_params_in_l1inf_ball`. ``inf`` for none, and ``{}`` for a
-            network without hidden layers. Chosen before the data were seen; after a choice
-            among several c, only ``reached`` counts.
+            a mapping as in :func:`~l1inf_optax.keep_params_in_l1inf_ball`. ``inf`` for none, and
+            ``{}`` for a network without hidden layers. Chosen before the data were seen; after a
+            choice among several c, only ``reached`` counts.
         delta: Probability that the certificate is wrong.
         rho: Lipschitz constant of the activation, which must be 0 at 0.
         input_bound: The largest magnitude of an input, on new data too: known in advance, not
             measured. The bound is that of inputs divided by it, first-layer weights multiplied.
         truncation: t, the largest residual of a regression that counts, chosen in advance.
-        layers: As in :func:`keep_params_in_l1inf_ball`.
+        layers: As in :func:`~l1inf_optax.keep_params_in_l1inf_ball`.
 
     Returns:
         The certificate.
@@ -540,7 +541,7 @@ def certificate(
         =    0.04961
         This says something: a risk of 0.0758 is had for nothing.
         The bound on the gap is 0.04961 by the norms reached and 0.08489 by c. Both hold; ...
-        With the same norms it is 0.0076 for 2,143,262 samples.
+        With the same norms it is 0.0076 for 2,143,26... samples.
     """
     _check_delta(delta)
     inputs, targets = jnp.asarray(x), jnp.asarray(y)

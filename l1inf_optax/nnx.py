@@ -1,10 +1,10 @@
-"""Flax NNX layers that hold their bias and weights as one augmented matrix.
+r"""Flax NNX layers that hold their bias and weights as one augmented matrix.
 
 Each layer is Flax's own, and runs Flax's own code, with a single difference: once Flax has made
 `kernel` and `bias`, they are joined in one parameter `augmented_kernel` of shape
 `(1 + d_in, d_out)`, and from then on read as its rows,
 
-    V = (B, W^T)^T,    bias = V[0],    kernel = V[1:],
+    .. math:: V = (B, W^\top)^\top, \quad \text{bias} = V_0, \quad \text{kernel} = V_{1:},
 
 so that a column of `V` is all that flows into one unit: what an L1,inf ball bounds.
 
@@ -104,19 +104,19 @@ def _show(module: Any) -> str | None:
 
 
 class AugmentedLinear(nnx.Linear):
-    """A linear layer whose bias and weights are one matrix.
+    r"""A linear layer whose bias and weights are one matrix.
 
     In the notation of Wen, Xu, Zheng, Yang and Wang (Section 2.3), a layer with weights `W` and
     bias `B` computes
 
-        y = W x + B = V^T (1, x),    V = (B, W^T)^T,
+    .. math:: y = W x + B = V^\top (1, x), \quad V = (B, W^\top)^\top,
 
     and column `j` of the augmented matrix `V` is all that flows into unit `j`. In every other
     respect this is `flax.nnx.Linear`: same arguments, same result, and the same initial weights
     from the same key. Taking `V` apart and joining its gradient may copy the matrix
     once each, a few percent of a forward and backward pass (tests/benchmarks/bench_modules.py).
 
-    Parameters:
+    Weights:
         `augmented_kernel`: `(1 + in_features, out_features)` of type `param_dtype`; row 0 is the
         bias. Without bias, `(in_features, out_features)`. `kernel` and `bias` read its rows.
 
@@ -158,17 +158,17 @@ class AugmentedLinear(nnx.Linear):
 
 
 class AugmentedConv(nnx.Conv):
-    """A convolution whose bias and weights are one matrix.
+    r"""A convolution whose bias and weights are one matrix.
 
     A unit is an output channel. All that flows into it, at any position, is its bias and one
     weight for each pixel of the window and each input channel, so that
 
-        y[p] = V^T (1, window of x around p),    V = (B, W^T)^T,
+    .. math:: y_p = V^\top (1, \text{window of } x \text{ around } p), \quad V = (B, W^\top)^\top,
 
     with the kernel flattened row by row below the bias. Everything else, initial weights included,
     is `flax.nnx.Conv`'s.
 
-    Parameters:
+    Weights:
         `augmented_kernel`:
         `(1 + prod(kernel_size) * in_features / feature_group_count, out_features)` of type
         `param_dtype`; row 0 is the bias. Without bias, one row less. `kernel` and `bias` read its
@@ -231,11 +231,11 @@ class AugmentedConv(nnx.Conv):
 
 
 class AugmentedMLP(nnx.Module):
-    """A multilayer perceptron with augmented hidden layers and a free readout.
+    r"""A multilayer perceptron with augmented hidden layers and a free readout.
 
     With widths `d_1, ..., d_k` and an activation `s`, and `V_l` the augmented matrix of layer `l`,
 
-        h_l = s(V_l^T (1, h_{l-1})),  l < k,    y = W_k h_{k-1} + B_k.
+    .. math:: h_l = s(V_l^\top (1, h_{l-1})), \; l < k, \qquad y = W_k h_{k-1} + B_k .
 
     The hidden layers are the attributes `hidden_0`, `hidden_1`, ...; the output layer, which the
     paper leaves out of the ball, is a plain `flax.nnx.Linear`, the attribute `readout`.

@@ -60,7 +60,7 @@ class CrossValidation(NamedTuple):
 
     @property
     def standard_error(self) -> np.ndarray:
-        """``(m,)`` standard errors of the means: sample standard deviation over sqrt(k)."""
+        """``(m,)`` standard errors of the means, the sample standard deviation over sqrt(k)."""
         return self.scores.std(axis=1, ddof=1) / np.sqrt(self.scores.shape[1])
 
     @property

@@ -66,7 +66,7 @@ class SparsityReport:
 
     @property
     def total(self) -> LayerSparsity:
-        """All layers together: counts are added, of norms the largest is taken."""
+        """All layers together. Counts are added; of norms the largest is taken."""
         counts = {
             field.name: sum(getattr(layer, field.name) or 0 for layer in self.layers)
             for field in dataclasses.fields(LayerSparsity)

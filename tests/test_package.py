@@ -1,4 +1,3 @@
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,13 +40,6 @@ def test_every_public_name_is_there():
     assert set(dir(l1inf)) == set(l1inf.__all__)
     with pytest.raises(AttributeError, match="no attribute 'projection'"):
         _ = l1inf.projection
-
-
-def test_the_code_in_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
 
 
 def test_the_readme_has_the_two_commands():

@@ -1,9 +1,7 @@
 """Scores against networks trained one at a time by a plain loop; the rules against their words."""
 
-import doctest
 import math
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -422,10 +420,3 @@ def test_wrong_use_of_cross_validation(change, message):
 def test_wrong_use_of_the_search(change, message):
     with pytest.raises(ValueError, match=message):
         search_layer_c(**{"validate": hill, "bounds": {"a": (0.1, 10.0)}, **change})
-
-
-def test_the_example_of_the_docs_runs():
-    text = (Path(__file__).parents[1] / "docs" / "choosing_c.md").read_text()
-    example = doctest.DocTestParser().get_doctest(text, {}, "choosing_c.md", "choosing_c.md", 0)
-    assert len(example.examples) > 5
-    assert doctest.DocTestRunner().run(example).failed == 0

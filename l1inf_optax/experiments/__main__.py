@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error and ``SystemExit(2)``, as `argparse` has it; an interrupt ends in one line and 130.
     """
     try:
-        args = _parse(argv)
+        args = make_parser().parse_args(argv)
         if args.distributed:
             _join(args.distributed)
         with _first_process_speaks(args):
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, one subcommand for each experiment."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Tables and figures of 'Sparse deep neural networks using L1,inf-weight "
@@ -96,7 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    return parser.parse_args(argv)
+    return parser
 
 
 def _join(where: str) -> None:

@@ -169,7 +169,7 @@ def _lines(ax: Axes, table: Sequence[Row], name: str, column: str) -> None:
         ax.errorbar(
             [row[name] for row in own],
             means,
-            (below, spread),
+            (below.tolist(), spread.tolist()),
             fmt=line,
             color=color,
             markersize=5,
