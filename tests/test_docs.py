@@ -58,5 +58,7 @@ def test_the_commands_of_a_page_exist(page):
     text = page.read_text()
     for module in re.findall(r"python -m ((?:docs|l1inf_optax|tests)[\w.]*)", text):
         assert importlib.util.find_spec(module), module
-    for options in re.findall(r"python -m l1inf_optax\.experiments ((?:--distributed|[a-z])[^`'#\n]*)", text):
+    for options in re.findall(
+        r"python -m l1inf_optax\.experiments ((?:--distributed|[a-z])[^`'#\n]*)", text
+    ):
         make_parser().parse_args(shlex.split(options))
