@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from l1inf_optax._sharding import Rows, columns_where_they_are
+from l1inf_optax._sharding import Rows, columns_where_they_are, explicit_mesh
 
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
@@ -562,12 +562,20 @@ def _max(parts: Arrays, axes: Axes, initial: float = 0) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)  # else its branches are compiled at every call
 def _column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, correctly rounded but for the last bit's last doubt."""
-    a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
-    go = jnp.asarray(True)  # here the compiler may compute twice: nobody waits for a norm
-    total, error = _total(
-        lambda: _fold(lambda x: (x, jnp.zeros_like(x)), (a,), axes, _doubled), axes, go
-    )
-    return jnp.squeeze(total + error, axes)
+
+    def norms(x: jax.Array, _: Rows) -> jax.Array:
+        a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
+        go = jnp.asarray(True)  # here the compiler may compute twice: nobody waits for a norm
+        total, error = _total(
+            lambda: _fold(lambda x: (x, jnp.zeros_like(x)), (a,), axes, _doubled), axes, go
+        )
+        return total + error
+
+    if explicit_mesh((x,)) is None:  # the compiler knows how to share the work
+        whole = norms(x, Rows())
+    else:
+        whole = columns_where_they_are(norms, x, x.shape, axes, split_rows=False)
+    return jnp.squeeze(whole, axes)
 
 
 @_column_norms.defjvp

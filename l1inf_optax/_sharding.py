@@ -76,7 +76,7 @@ def columns_where_they_are(
         The results, arrays like the operands, sharded alike.
     """
     leaves, tree = jax.tree.flatten(operands)
-    explicit = _explicit_mesh(leaves)
+    explicit = explicit_mesh(leaves)
     if explicit is None and jax.device_count() == 1:
         return fun(operands, Rows())
 
@@ -148,7 +148,7 @@ def _partitioned(
     return whole
 
 
-def _explicit_mesh(leaves: Sequence[jax.Array]) -> Any:
+def explicit_mesh(leaves: Sequence[jax.Array]) -> Any:
     """The mesh that the types of arrays speak of, or None if they leave that to the compiler."""
     for x in leaves:
         mesh = jax.typeof(x).sharding.mesh

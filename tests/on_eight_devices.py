@@ -165,6 +165,19 @@ def projected():
     return jax.jit(l1inf.projection_l1inf_ball, in_shardings=(rows, None), out_shardings=rows)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_norms_of_sharded_columns_are_those_of_one_device(mode):
+    kernel = tree(0)["one"]["kernel"]
+    expected = np.abs(np.asarray(kernel, np.float64)).sum(0).max()
+    where = mesh(mode)
+    with jax.set_mesh(where):
+        for layout in ("columns", "rows", "both"):
+            x = jax.device_put(kernel, NamedSharding(where, LAYOUTS[layout][0]))
+            norm, slope = jax.value_and_grad(l1inf.l1inf_norm)(x)
+            assert float(norm) == pytest.approx(expected, rel=1e-7)
+            assert float(jnp.abs(slope).sum()) == N  # of one column
+
+
 def test_derivatives_of_split_columns_are_those_of_one_device():
     v, dv = (jnp.asarray(np.random.default_rng(i).normal(size=(N, 4)), jnp.float32) for i in (0, 1))
 
