@@ -228,22 +228,27 @@ def share_of_zeros(params: Params, below: float = 0.0) -> jax.Array:
 
 def on_all_devices(value: Any) -> jax.Array:
     """An array that every device of every process has; it is the same in all of them."""
-    whole = np.asarray(jnp.asarray(value))
-    sharding = NamedSharding(_devices(), PartitionSpec())
-    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    return _placed(jnp.asarray(value), PartitionSpec())
 
 
 def shared_out(lanes: Any) -> Any:
     """Arrays with a leading axis of lanes, dealt out to all devices; the last lane fills up."""
-    sharding = NamedSharding(_devices(), PartitionSpec("lanes"))
 
-    def placed(leaf: ArrayLike) -> jax.Array:
-        whole = np.asarray(leaf)
-        spare = np.repeat(whole[-1:], -len(whole) % jax.device_count(), axis=0)
-        whole = np.concatenate([whole, spare])
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+    def placed(leaf: Any) -> jax.Array:
+        if spare := -len(leaf) % jax.device_count():
+            leaf = np.concatenate([leaf, np.repeat(leaf[-1:], spare, axis=0)])
+        return _placed(leaf, PartitionSpec("lanes"))
 
     return jax.tree.map(placed, lanes)
+
+
+def _placed(array: Any, spec: PartitionSpec) -> jax.Array:
+    """An array that every process has, on the devices of all; through the host only if need be."""
+    sharding = NamedSharding(_devices(), spec)
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def map_lanes(one: Callable, lanes: Any, common: Any, at_once: int | None = None) -> Any:

@@ -179,22 +179,21 @@ def test_a_pickle_in_a_checkpoint_is_never_loaded(tmp_path):
         keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         path.write_bytes(pickle.dumps(Alarm()))
-    with (
-        pytest.warns(UserWarning, match="step 1 is damaged"),
-        pytest.raises(OptionError, match="no checkpoint that can be read"),
-        open_checkpoints(tmp_path, RUN),
-    ):
-        pass
+    assert_all_refused(tmp_path, "step 1 is damaged")
 
 
 def test_a_folder_without_a_readable_checkpoint_is_an_error(tmp_path):
     stop_after(tmp_path, 1)
     for path in tmp_path.rglob("metadata"):
         path.write_text("{")
+    assert_all_refused(tmp_path, "damaged")
+
+
+def assert_all_refused(folder, warning):
     with (
-        pytest.warns(UserWarning, match="damaged"),
+        pytest.warns(UserWarning, match=warning),
         pytest.raises(OptionError, match="no checkpoint that can be read"),
-        open_checkpoints(tmp_path, RUN),
+        open_checkpoints(folder, RUN),
     ):
         pass
 
