@@ -23,10 +23,13 @@ def module_html(name: str, params: Any, *, use_bias: bool) -> str | None:
         use_bias: whether the layers have biases, the matrices' row 0.
 
     Returns:
-        HTML; None, for which Jupyter takes the text, if the parameters have no values.
+        HTML; None, for which Jupyter takes the text, if the parameters have no values, or are
+        stacks of layers: along which axis, shapes do not tell.
     """
     arrays = jax.tree.leaves(params)
     if not arrays or not all(isinstance(x, jax.Array | np.ndarray) for x in arrays):
+        return None
+    if any(x.ndim > 2 for x in arrays):
         return None
     layers = None if use_bias else jax.tree.map(_without_bias, params)
     report = sparsity_report(params, layers=layers)._repr_html_()

@@ -1,7 +1,8 @@
 """Pytrees: which leaves make one augmented matrix, and along which axes its columns run.
 
-Nothing here knows an optimizer. A layer is a kernel and, where there is one, its bias. Leaves are
-found by the names their libraries give them; anything else is said with dimension numbers.
+Nothing here knows an optimizer. A layer is a kernel, or all that flow into the same units, and
+where there is one their bias. Leaves are found by the names their libraries give them; anything
+else is said with dimension numbers.
 """
 
 import fnmatch
@@ -14,9 +15,15 @@ import optax
 from jax import tree_util
 from jax.sharding import NamedSharding, PartitionSpec
 
+from l1inf_optax._conventions import (
+    AUGMENTED_KERNEL,
+    CONVENTIONS,
+    Convention,
+    Kernel,
+    Shape,
+    attention_role,
+)
 from l1inf_optax._projection import Arrays, Axes, check_floating, check_radius, normalise_axes
-
-AUGMENTED_KERNEL = "augmented_kernel"
 
 Radius = Any  # a number, an array, or an optax schedule
 Radii = Radius | Mapping[str, Radius | None]
@@ -28,11 +35,19 @@ class LayerDimensionNumbers(NamedTuple):
     Axes that are neither reduced nor output are a batch of independent matrices, as in stacked or
     vmapped layers. An :class:`optax.contrib.MuonDimensionNumbers` can be used in its place.
 
+    With ``stack_axis`` alone the other axes are those that the layer's library gives it: one line
+    describes a whole model of scanned or vmapped layers, whatever they are.
+
     Attributes:
-        reduction_axis: The axis or axes a column runs along: those summed over by the layer.
-        output_axis: The axis or axes that index the layer's units.
+        reduction_axis: The axis or axes a column runs along: those summed over by the layer. 0 if
+            ``output_axis`` or nothing at all is given.
+        output_axis: The axis or axes that index the layer's units. 1 if ``reduction_axis`` or
+            nothing at all is given.
         bias: The last key of the leaf beside this one that holds the bias, or None. Its shape is
             that of the kernel without the reduction axes.
+        stack_axis: The axis or axes along which the kernel, and its bias too, are stacks of
+            layers: 0 for `equinox.filter_vmap` and Haiku's `layer_stack`, that of
+            ``variable_axes`` in Flax; ``()`` to say that there is none. None if it is not said.
 
     Example:
         A projection stored as (heads, head_dim, d_model), its bias beside it as (d_model,):
@@ -42,11 +57,19 @@ class LayerDimensionNumbers(NamedTuple):
         >>> layers = {"*/w_out": l1inf.LayerDimensionNumbers((0, 1), 2, bias="b_out")}
         >>> l1inf.project_params(params, 3.5, layers=layers)["proj"]["b_out"].round(6)
         Array([0.5, 0.5, 0.5, 0.5], dtype=float32)
+
+        Five layers of 3 inputs and 2 units, scanned over axis 1:
+
+        >>> params = {"dense": {"kernel": jnp.ones((3, 5, 2)), "bias": jnp.ones((2, 5))}}
+        >>> layers = {"*": l1inf.LayerDimensionNumbers(stack_axis=1)}
+        >>> l1inf.project_params(params, 2.0, layers=layers)["dense"]["bias"].shape
+        (2, 5)
     """
 
-    reduction_axis: int | Sequence[int] = 0
-    output_axis: int | Sequence[int] = 1
+    reduction_axis: int | Sequence[int] | None = None
+    output_axis: int | Sequence[int] | None = None
     bias: str | None = None
+    stack_axis: int | Sequence[int] | None = None
 
 
 Layers = (
@@ -62,34 +85,67 @@ class Layer(NamedTuple):
 
     Attributes:
         path: The layer's name, its keys joined by ``/``.
-        kernel: Index of the kernel among the tree's leaves.
+        kernels: Indices among the tree's leaves of the kernels that flow into the same units: one,
+            but for recurrent cells. They agree in every axis but ``reduction_axes``.
         bias: Index of the bias, or None.
-        shape: Shape of the kernel.
+        shape: Shape of the first kernel.
         reduction_axes: The axes a column runs along.
         output_axes: The axes that index units.
         doubt: Why the axes could not be told, or None. They are empty then.
-        leaf_path: The kernel's own path.
+        leaf_path: The first kernel's own path.
         has_bias_row: Whether row 0 of the kernel is the bias.
+        stack_axes: The axes of the kernel that the bias has elsewhere, in ``bias_stack_axes``.
+        bias_stack_axes: Where the bias has them.
     """
 
     path: str
-    kernel: int
+    kernels: tuple[int, ...]
     bias: int | None
     shape: tuple[int, ...]
     reduction_axes: Axes
     output_axes: Axes
     doubt: str | None
     leaf_path: str
-    has_bias_row: bool
+    has_bias_row: bool = False
+    stack_axes: Axes = ()
+    bias_stack_axes: Axes = ()
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """Indices of all its leaves: the bias first, if there is one."""
+        return self.kernels if self.bias is None else (self.bias, *self.kernels)
 
     def columns(self, leaves: Sequence[Any]) -> Arrays:
-        """The layer's bias and kernel as arrays that agree in every axis but ``reduction_axes``."""
-        pieces = [leaves[i] for i in (self.bias, self.kernel) if i is not None]
-        if any(map(_is_empty, pieces)):
+        """Its leaves as arrays that agree in every axis but ``reduction_axes``; the bias first."""
+        if any(_is_empty(leaves[i]) for i in self.leaves):
             raise ValueError(f"the layer {self.path!r} has no array: give updates for all of it")
-        *bias, kernel = map(jnp.asarray, pieces)
-        shape = tuple(1 if i in self.reduction_axes else n for i, n in enumerate(self.shape))
-        return (*(x.reshape(shape) for x in bias), kernel)
+        kernels = tuple(jnp.asarray(leaves[i]) for i in self.kernels)
+        if self.bias is None:
+            return kernels
+        stack, places = self._stack
+        bias = jnp.moveaxis(jnp.asarray(leaves[self.bias]), self.bias_stack_axes, range(len(stack)))
+        units = tuple(n for i, n in enumerate(self.columns_shape) if i not in places)
+        bias = jnp.moveaxis(bias.reshape(stack + units), range(len(stack)), places)
+        return jnp.expand_dims(bias, self.reduction_axes), *kernels
+
+    def put(self, columns: Arrays, leaves: list[Any]) -> None:
+        """Stores what :meth:`columns` gave, in the leaves' own shapes."""
+        for i, kernel in zip(self.kernels, columns[-len(self.kernels) :], strict=True):
+            leaves[i] = kernel
+        if self.bias is not None:
+            stack, places = self._stack
+            bias = jnp.moveaxis(columns[0].reshape(self.columns_shape), places, range(len(stack)))
+            shape = jnp.shape(leaves[self.bias])
+            units = tuple(n for i, n in enumerate(shape) if i not in self.bias_stack_axes)
+            bias = bias.reshape(stack + units)
+            leaves[self.bias] = jnp.moveaxis(bias, range(len(stack)), self.bias_stack_axes)
+
+    @property
+    def _stack(self) -> tuple[Shape, Axes]:
+        """Sizes of the stacked axes, and their places among the axes of `columns_shape`."""
+        sizes = tuple(self.shape[i] for i in self.stack_axes)
+        lower = [sum(k < i for k in self.reduction_axes) for i in self.stack_axes]
+        return sizes, tuple(i - n for i, n in zip(self.stack_axes, lower, strict=True))
 
     @property
     def columns_shape(self) -> tuple[int, ...]:
@@ -98,19 +154,12 @@ class Layer(NamedTuple):
 
     def zeros(self, leaves: Sequence[Any]) -> jax.Array:
         """A zero for each column, float32 or, where the layer is, float64; sharded like columns."""
-        dtypes = (leaves[i].dtype for i in (self.bias, self.kernel) if i is not None)
         columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
         return jnp.zeros(
             self.columns_shape,
-            jnp.result_type(jnp.float32, *dtypes),
-            device=_sharding_along(leaves[self.kernel], columns),
+            jnp.result_type(jnp.float32, *(leaves[i].dtype for i in self.leaves)),
+            device=_sharding_along(leaves[self.kernels[0]], columns),
         )
-
-    def put(self, columns: Arrays, leaves: list[Any]) -> None:
-        """Stores what :meth:`columns` gave, in the leaves' own shapes."""
-        leaves[self.kernel] = columns[-1]
-        if self.bias is not None:
-            leaves[self.bias] = columns[0].reshape(jnp.shape(leaves[self.bias]))
 
 
 def _sharding_along(x: Any, axes: Sequence[int]) -> NamedSharding | None:
@@ -175,9 +224,8 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         )
     for layer, _ in chosen:
         check_certain(layer)
-        for i in (layer.bias, layer.kernel):
-            if i is not None:
-                check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
+        for i in layer.leaves:
+            check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
     return chosen
 
 
@@ -216,32 +264,70 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
     Raises:
         ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
     """
-    leaves = named_leaves(params)
+    leaves = list(_walk(params))
     if layers is None:
         return list(_by_name(leaves))
     if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
         layers = layers(params)
-    return list(_as_told(leaves, layers))
+    return sorted(_as_told(leaves, layers), key=lambda layer: layer.kernels)
 
 
 # --- paths ----------------------------------------------------------------------------------------
 
 
+class _Leaf(NamedTuple):
+    """A leaf of a tree.
+
+    Attributes:
+        path: Its keys, joined by ``/``.
+        value: The leaf itself.
+        owner: The object that holds it.
+    """
+
+    path: str
+    value: Any
+    owner: Any
+
+    @property
+    def shape(self) -> Shape | None:
+        """The leaf's shape, or None if it holds no array."""
+        return _shape(self.value)
+
+
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Leaves with their paths, keys joined by ``/``, in the order of :func:`flatten`."""
-    flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
-    return [(_path(keys), leaf) for keys, leaf in flat]
+    return [(leaf.path, leaf.value) for leaf in _walk(tree)]
 
 
-def _shape(leaf: Any) -> tuple[int, ...] | None:
+def _walk(
+    tree: Any, is_leaf: Callable[[Any], bool] = _is_empty, keys: Any = (), owner: Any = None
+) -> Iterator[_Leaf]:
+    """The leaves of a tree, in the order of :func:`flatten`."""
+    children = None if is_leaf(tree) else _children(tree)
+    if children is None:
+        yield _Leaf(tree_util.keystr(keys, simple=True, separator="/"), tree, owner)
+        return
+    is_box = _is_box(tree)  # a box is no part of the name, and hides no owner
+    for key, child in children:
+        yield from _walk(child, is_leaf, keys if is_box else keys + key, owner if is_box else tree)
+
+
+def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+    """What a node holds, with its keys, or None for a leaf."""
+    children, _ = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
+    return None if children and children[0][0] == () else children
+
+
+def _is_box(x: Any) -> bool:
+    """Whether Flax keeps an array in it, with what is said of the array."""
+    return any(
+        t.__name__ in ("AxisMetadata", "Variable") and t.__module__.startswith("flax.")
+        for t in type(x).__mro__
+    )
+
+
+def _shape(leaf: Any) -> Shape | None:
     return None if _is_empty(leaf) else jnp.shape(leaf)
-
-
-def _path(keys: tuple[Any, ...]) -> str:
-    # The boxes that Linen (Partitioned) and NNX (Param) keep values in are not part of the name.
-    if keys and isinstance(keys[-1], tree_util.GetAttrKey) and keys[-1].name == "value":
-        keys = keys[:-1]
-    return tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -276,26 +362,64 @@ def _listing(paths: Iterator[str]) -> str:
 # --- layers that are described --------------------------------------------------------------------
 
 
-def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
-    index = {path: i for i, (path, _) in enumerate(leaves)}
-    for path, numbers in _told(list(index), layers).items():
-        leaf = leaves[index[path]][1]
-        if numbers is None or _is_empty(leaf):
-            continue
-        shape = jnp.shape(leaf)
-        given = f"layers gives {path!r}, shape {shape}, "
-        reduction = normalise_axes(numbers.reduction_axis, len(shape), f"{given}reduction_axis")
-        output = normalise_axes(numbers.output_axis, len(shape), f"{given}output_axis")
-        if set(reduction) & set(output):
-            raise ValueError(f"layers gives {path!r} an axis that is both reduction and output")
-        bias = None
-        if getattr(numbers, "bias", None) is not None:
-            bias_path = "/".join([*path.split("/")[:-1], numbers.bias])
-            if bias_path not in index:
-                raise ValueError(f"layers names the bias {bias_path!r}, which is not in params")
-            bias = index[bias_path]
-            _check_bias(jnp.shape(leaves[bias][1]), shape, reduction, path)
-        yield Layer(path, index[path], bias, shape, reduction, output, None, path, False)
+def _as_told(leaves: list[_Leaf], layers: Any) -> Iterator[Layer]:
+    index = {leaf.path: i for i, leaf in enumerate(leaves)}
+    told = {
+        index[path]: numbers
+        for path, numbers in _told(list(index), layers).items()
+        if numbers is not None and not _is_empty(leaves[index[path]].value)
+    }
+    stacks = {i: numbers.stack_axis for i, numbers in told.items() if _is_told_by_stack(numbers)}
+    yield from _by_name(leaves, stacks)
+    for i, numbers in told.items():
+        if i not in stacks:
+            yield _described(i, numbers, leaves, index)
+
+
+def _is_told_by_stack(numbers: Any) -> bool:
+    """Whether only the stacked axes are said: the others are those of the layer's library."""
+    unsaid = numbers.reduction_axis is None and numbers.output_axis is None
+    return unsaid and numbers.stack_axis is not None
+
+
+def _described(i: int, numbers: Any, leaves: list[_Leaf], index: Mapping[str, int]) -> Layer:
+    path = leaves[i].path
+    shape = jnp.shape(leaves[i].value)
+    stack_axis = getattr(numbers, "stack_axis", None)
+    axes = []
+    for name, given in {
+        "reduction_axis": 0 if numbers.reduction_axis is None else numbers.reduction_axis,
+        "output_axis": 1 if numbers.output_axis is None else numbers.output_axis,
+        "stack_axis": () if stack_axis is None else stack_axis,
+    }.items():
+        label = f"layers gives {path!r}, shape {shape}, {name}"
+        axes.append(normalise_axes(given, len(shape), label))
+    reduction, output, stack = axes
+    if len({*reduction, *output, *stack}) < len(reduction) + len(output) + len(stack):
+        raise ValueError(
+            f"layers gives {path!r} an axis that is two of reduction, output and stack"
+        )
+    layer = Layer(path, (i,), None, shape, reduction, output, None, path)
+    if getattr(numbers, "bias", None) is None:
+        return layer
+    bias_path = "/".join([*path.split("/")[:-1], numbers.bias])
+    if bias_path not in index:
+        raise ValueError(f"layers names the bias {bias_path!r}, which is not in params")
+    bias = index[bias_path]
+    bias_shape = jnp.shape(leaves[bias].value)
+    label = f"layers gives the bias of {path!r}, shape {bias_shape}, stack_axis"
+    bias_stack = () if stack_axis is None else normalise_axes(stack_axis, len(bias_shape), label)
+    if _without(bias_stack, bias_shape) != _without((*reduction, *stack), shape):
+        raise ValueError(
+            f"The bias of {path!r} has shape {bias_shape}, but its kernel, shape {shape}, has "
+            f"columns {_without(reduction, shape)}: give its axes with "
+            "layers={glob: LayerDimensionNumbers(...)}"
+        )
+    return layer._replace(bias=bias, stack_axes=stack, bias_stack_axes=bias_stack)
+
+
+def _without(axes: Axes, shape: Shape) -> Shape:
+    return tuple(n for i, n in enumerate(shape) if i not in axes)
 
 
 def _told(paths: list[str], layers: Any) -> dict[str, Any]:
@@ -311,8 +435,7 @@ def _told(paths: list[str], layers: Any) -> dict[str, Any]:
             for path, winner in zip(paths, winners, strict=True)
             if winner is not None
         }
-    flat, _ = tree_util.tree_flatten_with_path(layers, is_leaf=is_numbers)
-    told = {_path(keys): numbers for keys, numbers in flat}
+    told = {leaf.path: leaf.value for leaf in _walk(layers, is_leaf=is_numbers)}
     for path, numbers in told.items():
         if path not in paths or not is_numbers(numbers):
             raise ValueError(
@@ -323,121 +446,125 @@ def _told(paths: list[str], layers: Any) -> dict[str, Any]:
     return told
 
 
-def _check_bias(bias: tuple[int, ...], kernel: tuple[int, ...], reduction: Axes, path: str) -> None:
-    columns = tuple(n for i, n in enumerate(kernel) if i not in reduction)
-    if bias != columns:
+# --- layers that are found by name ----------------------------------------------------------------
+
+
+def _by_name(leaves: list[_Leaf], stacks: Mapping[int, Any] | None = None) -> Iterator[Layer]:
+    """The layers that follow a library's conventions.
+
+    Args:
+        leaves: All leaves of the tree.
+        stacks: None, or the stacked axes of those kernels that are looked for, by their index.
+    """
+    groups: dict[str, dict[str, int]] = {}
+    for i, leaf in enumerate(leaves):
+        parent, _, name = leaf.path.rpartition("/")
+        groups.setdefault(parent, {})[name] = i
+    for parent, names in groups.items():
+        for convention in CONVENTIONS:
+            if not all(key in names for key in convention.kernels):
+                continue
+            first = names[convention.kernels[0]]
+            if stacks is None or first in stacks:
+                stack = None if stacks is None else stacks[first]
+                role = attention_role(parent, groups)
+                layer = _named(parent, names, convention, leaves, stack, role)
+                if layer is not None:
+                    yield layer
+
+
+def _named(
+    parent: str,
+    names: Mapping[str, int],
+    convention: Convention,
+    leaves: list[_Leaf],
+    stack_axis: Any,
+    role: str | None,
+) -> Layer | None:
+    """One layer that follows a convention, or None if the leaves are none."""
+    kernels = tuple(names[key] for key in convention.kernels)
+    first, others = leaves[kernels[0]], [leaves[i] for i in kernels[1:]]
+    bias = leaves[names[convention.bias]] if convention.bias in names else None
+    if first.shape is None or len(first.shape) < 2:
+        return None
+    _check_not_state(parent, first)
+    _check_not_cut(first, [*others, *([] if bias is None else [bias])])
+    stack = _stack_axes(first, stack_axis)
+    bias_stack = () if bias is None or bias.shape is None else _stack_axes(bias, stack_axis)
+    if len(first.shape) - len(stack) < 2:
+        return None
+    verdict = convention.axes(
+        Kernel(
+            shape=_without(stack, first.shape),
+            bias=None if bias is None or bias.shape is None else _without(bias_stack, bias.shape),
+            has_bias_key=bias is not None,
+            name=parent.rpartition("/")[2],
+            role=role,
+            owner=first.owner,
+            is_told=stack_axis is not None,
+        )
+    )
+    if verdict is None:
+        return None
+    reduction: Axes = ()
+    output: Axes = ()
+    if not isinstance(verdict, str):
+        own = [i for i in range(len(first.shape)) if i not in stack]  # axes of one layer
+        reduction, output = (tuple(own[i] for i in axes) for axes in verdict)
+        for other in others:
+            if _without(reduction, other.shape or ()) != _without(reduction, first.shape):
+                verdict = f"{other.path!r}, shape {other.shape}, does not fit it"
+                reduction, output = (), ()
+    return Layer(
+        path=parent,
+        kernels=kernels,
+        bias=None if bias is None or bias.shape is None else names[convention.bias],
+        shape=first.shape,
+        reduction_axes=reduction,
+        output_axes=output,
+        doubt=_doubt(first, verdict, stack_axis) if isinstance(verdict, str) else None,
+        leaf_path=first.path,
+        has_bias_row=convention.kernels[0] == AUGMENTED_KERNEL,
+        stack_axes=stack,
+        bias_stack_axes=bias_stack,
+    )
+
+
+def _check_not_state(parent: str, kernel: _Leaf) -> None:
+    if "opt_state" in parent.split("/"):
         raise ValueError(
-            f"The bias of {path!r} has shape {bias}, but its kernel, shape {kernel}, has columns "
-            f"{columns}: give its axes with layers={{glob: LayerDimensionNumbers(...)}}"
+            f"params holds an optimizer's state: {kernel.path!r} is no weight. Give "
+            "the parameters alone, such as state.params of a TrainState"
         )
 
 
-# --- layers that are found by name ----------------------------------------------------------------
-
-# What a convention's function returns: reduction and output axes, or a sentence of doubt.
-_Verdict = tuple[Axes, Axes] | str
-_Shape = tuple[int, ...]
-
-
-def _by_name(leaves: list[tuple[str, Any]]) -> Iterator[Layer]:
-    groups: dict[str, dict[str, int]] = {}
-    for i, (path, _) in enumerate(leaves):
-        parent, _, name = path.rpartition("/")
-        groups.setdefault(parent, {})[name] = i
-    for parent, names in groups.items():
-        for kernel_name, bias_name, axes_of in _CONVENTIONS:
-            if kernel_name not in names:
-                continue
-            kernel, bias = names[kernel_name], names.get(bias_name)
-            shape = _shape(leaves[kernel][1])
-            bias_shape = None if bias is None else _shape(leaves[bias][1])
-            if shape is None or len(shape) < 2:
-                continue
-            if "opt_state" in parent.split("/"):
-                raise ValueError(
-                    f"params holds an optimizer's state: {leaves[kernel][0]!r} is no weight. Give "
-                    "the parameters alone, such as state.params of a TrainState"
-                )
-            if bias is not None and isinstance(leaves[bias][1], optax.MaskedNode):
-                raise ValueError(
-                    f"the bias of {leaves[kernel][0]!r} is masked and its kernel is not: put both "
-                    "on the same side of a mask or partition, as they are one column"
-                )
-            if axes_of is _units_first and (bias is None or bias_shape == shape):
-                continue  # an embedding, which has no bias at all, not even None; or a norm
-            if bias_shape is None:
-                bias = None
-            verdict = axes_of(shape, bias_shape, _role(parent, groups))
-            doubt = None
-            if isinstance(verdict, str):
-                doubt = (
-                    f"layers cannot tell the axes of {leaves[kernel][0]!r}, shape {shape}: "
-                    f"{verdict}. Say along which axes its columns run with "
-                    "layers={glob: LayerDimensionNumbers(reduction_axis, output_axis)}"
-                )
-                verdict = (), ()
-            leaf_path, has_bias_row = leaves[kernel][0], kernel_name == AUGMENTED_KERNEL
-            yield Layer(parent, kernel, bias, shape, *verdict, doubt, leaf_path, has_bias_row)
+def _check_not_cut(kernel: _Leaf, others: list[_Leaf]) -> None:
+    for other in others:
+        if isinstance(other.value, optax.MaskedNode):
+            what = "bias" if other is others[-1] else "other kernel"
+            raise ValueError(
+                f"the {what} of {kernel.path!r} is masked and its kernel is not: put both "
+                "on the same side of a mask or partition, as they are one column"
+            )
 
 
-def _role(path: str, groups: Mapping[str, Any]) -> str | None:
-    """Which part of an attention layer this is, if its three siblings are there too."""
-    parent, slash, name = path.rpartition("/")
-    attention = {"query", "key", "value", "out"}
-    whole = name in attention and all(f"{parent}{slash}{part}" in groups for part in attention)
-    return name if whole else None
+def _stack_axes(leaf: _Leaf, stack_axis: Any) -> Axes:
+    """The axes of a leaf that the user has said to be stacked."""
+    label = f"layers gives {leaf.path!r}, shape {leaf.shape}, stack_axis"
+    return () if stack_axis is None else normalise_axes(stack_axis, len(leaf.shape or ()), label)
 
 
-def _augmented(shape: _Shape, bias: _Shape | None, role: str | None) -> _Verdict:
-    del bias, role
-    return (len(shape) - 2,), (len(shape) - 1,)
-
-
-def _units_last(shape: _Shape, bias: _Shape | None, role: str | None) -> _Verdict:
-    """Kernel (batch..., reduction..., output...), bias (batch..., output...): Flax and Haiku."""
-    n = len(shape)
-    outputs = {None: None, "out": 1}.get(role, 2)  # queries, keys and values: heads, head_dim
-    if bias is None:
-        if role is None:
-            outputs = {2: 1, 4: 1}.get(n)  # a matrix, or an image convolution
-        elif n != 3:
-            outputs = None
-        if outputs is None:
-            return "without a bias it may be a convolution, or stacked layers"
-        return tuple(range(n - outputs)), tuple(range(n - outputs, n))
-    fits = [
-        (len(bias) - out, n - out)
-        for out in range(1, len(bias) + 1)
-        if len(bias) < n and bias == shape[: len(bias) - out] + shape[n - out :]
-        if outputs in (None, out)
-    ]
-    if not fits:
-        return f"its bias, shape {bias}, does not fit it"
-    if len(fits) > 1:
-        return f"its bias, shape {bias}, fits it in {len(fits)} ways"
-    ((first, last),) = fits
-    return tuple(range(first, last)), tuple(range(last, n))
-
-
-def _units_first(shape: _Shape, bias: _Shape | None, role: str | None) -> _Verdict:
-    """Weight (batch..., out, reduction...), bias (batch..., out, 1...): Equinox."""
-    del role
-    if bias is None:
-        if len(shape) not in (2, 4):
-            return "without a bias it may be a convolution, or stacked layers"
-        return tuple(range(1, len(shape))), (0,)
-    unit = max((i for i, size in enumerate(bias) if size != 1), default=0)
-    if len(bias) != len(shape) - 1 or bias[: unit + 1] != shape[: unit + 1]:
-        return f"its bias, shape {bias}, does not fit it"
-    return tuple(range(unit + 1, len(shape))), (unit,)
-
-
-_CONVENTIONS: tuple[tuple[str, str, Callable[..., _Verdict]], ...] = (
-    (AUGMENTED_KERNEL, "", _augmented),
-    ("kernel", "bias", _units_last),  # Flax
-    ("w", "b", _units_last),  # Haiku
-    ("weight", "bias", _units_first),  # Equinox
-)
+def _doubt(kernel: _Leaf, why: str, stack_axis: Any) -> str:
+    """What a user is told whose layer's axes cannot be told."""
+    by_stack = (
+        "If its layers are stacked, say along which axis, as in "
+        "layers={glob: LayerDimensionNumbers(stack_axis=0)}; if they are not, stack_axis=(). Otherwise say "
+    )
+    return (
+        f"layers cannot tell the axes of {kernel.path!r}, shape {kernel.shape}: {why}. "
+        f"{by_stack if stack_axis is None else 'Say '}along which axes its columns run with "
+        "layers={glob: LayerDimensionNumbers(reduction_axis, output_axis)}"
+    )
 
 
 # --- between plain and augmented parameters -------------------------------------------------------
@@ -482,7 +609,7 @@ def convert_params(params: Any, like: Any) -> Any:
 
 
 def _convert(
-    path: str, shape: _Shape | None, source: Mapping[str, Any], wanted: Mapping[str, Any]
+    path: str, shape: Shape | None, source: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Any:
     parent, slash, name = path.rpartition("/")
     kernel, bias, augmented = (

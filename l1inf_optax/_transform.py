@@ -213,7 +213,7 @@ def constrain(
             )
         if metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
-            _metric.check(inner, state, params, [layer.kernel for layer, _ in chosen])
+            _metric.check(inner, state, params, [i for layer, _ in chosen for i in layer.kernels])
         return ConstrainState(state, ball.init(params))
 
     def update_fn(

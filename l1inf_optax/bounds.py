@@ -658,7 +658,7 @@ def _read_norms(
             "free the output layer and no other"
         )
     leaves, _ = _layers.flatten(params)
-    known = {i for layer in found for i in (layer.kernel, layer.bias)}
+    known = {i for layer in found for i in layer.leaves}
     strangers = [i for i, leaf in enumerate(leaves) if i not in known and hasattr(leaf, "shape")]
     if strangers:
         raise ValueError(

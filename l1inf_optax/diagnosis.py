@@ -206,9 +206,9 @@ def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]
         c = np.asarray(_at(radius, step), np.float64)
         if callable(radius):
             c = c * _ROUNDED
-        *bias, kernel = (rows(layer, x) for x in layer.columns(leaves))
-        first = int(layer.has_bias_row)
-        columns.append(_Columns(layer, c, np.concatenate([*bias, kernel[:first]]), kernel[first:]))
+        matrix = np.concatenate([rows(layer, x) for x in layer.columns(leaves)])
+        first = int(layer.has_bias_row or layer.bias is not None)
+        columns.append(_Columns(layer, c, matrix[:first], matrix[first:]))
     return columns
 
 

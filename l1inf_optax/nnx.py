@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
+from l1inf_optax._conventions import AUGMENTED_KERNEL
 from l1inf_optax._html import module_html
-from l1inf_optax._layers import AUGMENTED_KERNEL
 
 __all__ = ["AugmentedConv", "AugmentedLinear", "AugmentedMLP"]
 

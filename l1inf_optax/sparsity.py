@@ -185,8 +185,9 @@ def sparsity_report(
 
 
 def _count(layer: Layer, leaves: list[Any], radius: Any, threshold: float | None) -> LayerSparsity:
-    *bias, kernel = (np.abs(np.asarray(x, np.float64)) for x in layer.columns(leaves))
-    itemsize = np.asarray(leaves[layer.kernel]).dtype.itemsize
+    pieces = [np.abs(np.asarray(x, np.float64)) for x in layer.columns(leaves)]
+    kernel = pieces[-1]
+    itemsize = np.asarray(leaves[layer.kernels[0]]).dtype.itemsize
     batch = tuple(
         i
         for i in range(kernel.ndim)
@@ -201,8 +202,8 @@ def _count(layer: Layer, leaves: list[Any], radius: Any, threshold: float | None
         rows = int(np.prod([x.shape[i] for i in layer.reduction_axes]))
         return x.transpose(order).reshape(*batch_shape, rows, units)
 
-    v = np.concatenate([matrix(x) for x in (*bias, kernel)], axis=-2)
-    weights = v[..., int(layer.has_bias_row or bool(bias)) :, :]
+    v = np.concatenate([matrix(x) for x in pieces], axis=-2)
+    weights = v[..., int(layer.has_bias_row or layer.bias is not None) :, :]
     norms = v.sum(-2)
     largest = float(norms.max(initial=0))
     if callable(radius):

@@ -1,8 +1,11 @@
+import functools
+import math
 import re
 
 import chex
 import equinox as eqx
 import flax.linen as nn
+import flax.struct
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from flax import nnx
 
 import l1inf_optax as l1inf
 from l1inf_optax._layers import find_layers
+from tests.oracle import project64
 
 KEY = jax.random.key(0)
 Numbers = l1inf.LayerDimensionNumbers
@@ -57,10 +61,10 @@ class Everything(nn.Module):
 
 
 def test_flax_linen_layers_are_found_with_their_axes():
-    params = Everything().init(KEY, jnp.zeros((1, 6, 6, 2)))
+    params = jax.eval_shape(Everything().init, KEY, jnp.zeros((1, 6, 6, 2)))
     expected = {
         "conv": ((0, 1, 2), True),
-        "conv_without_bias": ((0, 1, 2), False),
+        "conv_without_bias": "doubt",  # four axes: it may be a stack of anything
         "general": ((0, 1), True),
         "dense": ((0,), True),
         "dense_without_bias": ((0,), False),
@@ -104,7 +108,7 @@ def test_haiku_layers_are_found_with_their_axes():
         x = hk.nets.MLP([5, 6])(x.reshape(x.shape[0], -1))
         return x + hk.Embed(9, 6)(jnp.zeros(1, int))
 
-    params = hk.transform(net).init(KEY, jnp.zeros((1, 6, 6, 2)))
+    params = jax.eval_shape(hk.transform(net).init, KEY, jnp.zeros((1, 6, 6, 2)))
     assert found(params) == {
         "conv2_d": ((0, 1, 2), True),
         "mlp/~/linear_0": ((0,), True),
@@ -217,6 +221,287 @@ def test_a_bias_that_does_not_fit_is_an_error():
         l1inf.project_params(shapes(kernel=(4, 3), bias=(4,)), 1.0)
 
 
+# --- what shapes cannot decide --------------------------------------------------------------------
+
+
+def project_each(x, c, axes):
+    """Every column projected by itself, in float64."""
+    x = np.asarray(x, np.float64)
+    moved = np.moveaxis(x, axes, range(len(axes)))
+    columns = moved.reshape(math.prod(moved.shape[: len(axes)]), -1)
+    projected = np.stack([project64(v, c) for v in columns.T], axis=1)
+    return np.moveaxis(projected.reshape(moved.shape), range(len(axes)), axes)
+
+
+@pytest.mark.parametrize("norm", [eqx.nn.RMSNorm, eqx.nn.LayerNorm])
+def test_scales_of_stacked_norms_stay_one(norm):
+    @eqx.filter_vmap
+    def blocks(key):
+        return {"norm": norm(4, use_bias=False), "linear": eqx.nn.Linear(4, 3, key=key)}
+
+    params = eqx.filter(blocks(jax.random.split(KEY, 5)), eqx.is_inexact_array)
+    assert params["norm"].weight.shape == (5, 4)
+    after = l1inf.project_params(params, 0.1)
+    np.testing.assert_array_equal(after["norm"].weight, 1)
+    assert after["linear"].weight.max() < 0.2
+    # In a dict there is no module to ask: a weight of two axes may be a matrix, too.
+    with pytest.raises(ValueError, match=r"'weight', shape \(5, 4\).*scales of stacked norms"):
+        l1inf.project_params({"weight": params["norm"].weight, "bias": None}, 0.1)
+
+
+def test_stacked_equinox_layers_without_bias_are_told_by_their_modules():
+    def stacked(make):
+        return eqx.filter_vmap(lambda key: make(key=key))(jax.random.split(KEY, 6))
+
+    model = {
+        "linear": stacked(functools.partial(eqx.nn.Linear, 3, 4, use_bias=False)),
+        "single": stacked(functools.partial(eqx.nn.Linear, 3, "scalar")),
+        "conv": stacked(functools.partial(eqx.nn.Conv1d, 2, 4, 3, use_bias=False)),
+        "transposed": eqx.nn.ConvTranspose2d(4, 4, 3, use_bias=False, key=KEY),
+        "image": stacked(functools.partial(eqx.nn.Conv2d, 1, 4, 3)),
+    }
+    assert found(eqx.filter(model, eqx.is_inexact_array)) == {
+        "linear": ((2,), False),
+        "single": ((2,), True),
+        "conv": ((2, 3), False),
+        "transposed": ((1, 2, 3), False),
+        "image": ((2, 3, 4), True),
+    }
+    across = eqx.filter_vmap(lambda key: eqx.nn.Linear(3, 4, key=key), out_axes=eqx.if_array(-1))(
+        jax.random.split(KEY, 6)
+    )
+    assert found(across) == {"": "doubt"}
+    numbers = {"*": Numbers(stack_axis=-1)}
+    assert found(across, numbers) == {"": ((1,), True)}
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"general__kernel": (6, 8, 2, 5)},  # a scanned DenseGeneral
+        {"kv_einsum__w": (2, 3, 8, 5)},
+        {"Conv_0__kernel": (6, 3, 2, 4)},  # a scanned one-dimensional convolution
+        {"conv__weight": (6, 4, 2, 3), "conv__bias": None},
+        {"conv1__weight": (4, 1, 3), "conv1__bias": (4, 1)},  # or four layers of one unit
+        {"hidden__augmented_kernel": (6, 3, 5)},
+        {"up__kernel": (3, 3, 4, 4), "up__bias": (4,)},
+        {"ConvTranspose_0__kernel": (3, 3, 4, 4), "ConvTranspose_0__bias": (4,)},
+        {"ConvTranspose_0__kernel": (3, 3, 2, 4)},
+    ],
+    ids=lambda leaves: next(iter(leaves)),
+)
+def test_layouts_that_shapes_do_not_tell_apart_are_left_in_doubt(leaves):
+    params = shapes(**leaves)
+    with pytest.raises(ValueError, match=r"layers cannot tell the axes of.*LayerDimensionNumbers"):
+        l1inf.project_params(params, 1.0)
+    assert set(found(params).values()) == {"doubt"}
+
+
+def test_haiku_convolutions_are_told_by_the_names_of_their_classes():
+    def net(x):
+        x = hk.Conv2D(4, 3, with_bias=False)(x)
+        x = hk.Conv2DTranspose(4, 3)(x)
+        x = hk.Conv2DTranspose(5, 3, with_bias=False)(x)
+
+        def block(x):
+            return hk.Conv1D(5, 3, with_bias=False)(x)
+
+        return hk.experimental.layer_stack(2)(block)(x[:, 0])
+
+    params = jax.eval_shape(hk.transform(net).init, KEY, jnp.zeros((1, 6, 6, 2)))
+    assert found(params) == {
+        "conv2_d": ((0, 1, 2), False),
+        "conv2_d_transpose": ((0, 1, 3), True),
+        "conv2_d_transpose_1": ((0, 1, 3), False),
+        "__layer_stack_no_per_layer/conv1_d": ((1, 2), False),
+    }
+    w = jax.random.normal(KEY, params["conv2_d_transpose"]["w"].shape)
+    after = l1inf.project_params({"conv2_d_transpose": {"w": w}}, 0.5)["conv2_d_transpose"]["w"]
+    np.testing.assert_allclose(after, project_each(w, 0.5, (0, 1, 3)), atol=1e-6)
+
+
+@pytest.mark.parametrize(("features", "axes"), [(4, None), (5, (0, 1, 3))])
+def test_a_transposed_kernel_is_told_by_its_bias_or_left_in_doubt(features, axes):
+    layer = nn.ConvTranspose(features, (3, 3), transpose_kernel=True)
+    image = jnp.zeros((1, 6, 6, 4))
+    params = {"ConvTranspose_0": jax.eval_shape(layer.init, KEY, image)["params"]}
+    assert found(params) == {"ConvTranspose_0": "doubt" if axes is None else (axes, True)}
+    numbers = {"*/kernel": Numbers((0, 1, 3), 2, bias="bias")}
+    assert found(params, numbers) == {"ConvTranspose_0/kernel": ((0, 1, 3), True)}
+    usual = jax.eval_shape(nn.ConvTranspose(5, (3, 3)).init, KEY, image)["params"]
+    assert found({"ConvTranspose_0": usual}) == {"ConvTranspose_0": ((0, 1, 2), True)}
+
+
+# --- recurrent cells ------------------------------------------------------------------------------
+
+
+def test_a_gate_of_an_equinox_cell_is_bounded_with_all_that_flows_into_it():
+    model = {"lstm": eqx.nn.LSTMCell(3, 4, key=KEY), "gru": eqx.nn.GRUCell(3, 4, key=KEY)}
+    bare = eqx.filter_vmap(lambda key: eqx.nn.LSTMCell(3, 4, use_bias=False, key=key))
+    model["bare"] = bare(jax.random.split(KEY, 2))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    assert found(params) == {
+        "lstm": ((1,), True), "gru": ((1,), True), "bare": ((2,), False)
+    }  # fmt: skip
+    after = l1inf.project_params(params, 0.5)
+    for name in ("lstm", "gru"):
+        before, cell = params[name], after[name]
+        bias = before.bias[:, None]
+        joint = jnp.concatenate([bias, before.weight_ih, before.weight_hh], axis=1)
+        expected = project_each(joint, 0.5, (1,))
+        parts = [cell.bias[:, None], cell.weight_ih, cell.weight_hh]
+        np.testing.assert_allclose(jnp.concatenate(parts, axis=1), expected, atol=1e-6)
+    np.testing.assert_array_equal(after["gru"].bias_n, params["gru"].bias_n)  # stays free
+    report = l1inf.sparsity_report(params["lstm"]).layers[0]
+    assert (report.shape, report.inputs, report.entries) == ((8, 16), 7, 8 * 16)
+
+
+def test_a_gate_of_haikus_gru_is_bounded_with_all_that_flows_into_it():
+    def net(x):
+        core = hk.GRU(4)
+        return core(x, core.initial_state(1))
+
+    params = jax.eval_shape(hk.transform(net).init, KEY, jnp.zeros((1, 3)))
+    assert found(params) == {"gru": ((0,), True)}
+    (gate,) = find_layers(params)
+    assert [gate.columns_shape, len(gate.leaves)] == [(12,), 3]  # w_i, w_h and b
+
+
+def test_flax_cells_keep_the_weights_of_input_and_state_as_layers_of_their_own():
+    carry = (jnp.zeros((1, 4)),) * 2
+    params = jax.eval_shape(nn.LSTMCell(4).init, KEY, carry, jnp.zeros((1, 3)))
+    inputs = {f"params/i{gate}": ((0,), False) for gate in "figo"}
+    assert found(params) == inputs | {f"params/h{gate}": ((0,), True) for gate in "figo"}
+
+
+def test_a_cell_whose_kernels_do_not_fit_together_is_left_in_doubt():
+    params = shapes(cell__weight_ih=(8, 3), cell__weight_hh=(4, 2), cell__bias=(8,))
+    assert found(params) == {"cell": "doubt"}
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_an_attribute_called_value_keeps_its_name_and_a_box_has_none():
+    class Attention(eqx.Module):
+        query: jax.Array
+        value: jax.Array
+
+    @flax.struct.dataclass
+    class Weights:
+        value: jax.Array
+
+    box = nn.Partitioned(jnp.ones((4, 3)), names=(None, "model"))
+    params = {
+        "attn": Attention(jnp.ones((4, 3)), jnp.ones((4, 3))),
+        "struct": Weights(jnp.ones((4, 3))),
+        "linen": {"w": box},
+        "nnx": {"w": nnx.Param(jnp.ones((4, 3)))},
+    }
+    layers = {f"{path}": Numbers(0, 1) for path in ("attn/value", "struct/value", "*/w")}
+    assert set(found(params, layers)) == {"attn/value", "struct/value", "linen/w", "nnx/w"}
+    after = l1inf.project_params(params, 1.0, layers=layers)
+    np.testing.assert_allclose(after["attn"].value.sum(0), 1, rtol=1e-6)
+    np.testing.assert_array_equal(after["attn"].query, 1)
+
+
+# --- stacks, said once ----------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """What a scanned model repeats; bias or none, as most libraries of models have it."""
+
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x, _):
+        bias = {"use_bias": self.use_bias}
+        y = nn.MultiHeadDotProductAttention(num_heads=2, name="attention", **bias)(x)
+        y = l1inf.linen.AugmentedDense(4, name="augmented", **bias)(y)
+        y = nn.Conv(4, (3,), name="conv", **bias)(y)
+        y = nn.LayerNorm()(nn.Dense(4, name="dense", **bias)(y))
+        return y, None
+
+
+@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "bare"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_one_line_says_how_a_whole_model_is_stacked(axis, use_bias):
+    inputs = KEY, jnp.ones((1, 5, 4)), None
+    one = jax.eval_shape(Block(use_bias).init, *inputs)
+    scan = nn.scan(Block, variable_axes={"params": axis}, split_rngs={"params": True}, length=3)
+    scanned = jax.eval_shape(scan(use_bias).init, *inputs)
+    alone = find_layers(one, {"*": Numbers(stack_axis=())})
+    assert {layer.doubt for layer in alone} == {None}
+    assert {layer.path.rpartition("/")[2] for layer in alone} == {
+        "query", "key", "value", "out", "augmented", "conv", "dense"
+    }  # fmt: skip
+    for layer, single in zip(
+        find_layers(scanned, {"*": Numbers(stack_axis=axis)}), alone, strict=True
+    ):
+        first = axis % len(layer.shape)
+        moved = tuple(i + (i >= first) for i in range(len(single.shape)))
+        assert layer.reduction_axes == tuple(moved[i] for i in single.reduction_axes)
+        assert layer.output_axes == tuple(moved[i] for i in single.output_axes)
+        assert layer.doubt is None
+    if axis:  # nothing tells the axis but the user
+        doubtful = {layer.path for layer in find_layers(scanned) if layer.doubt}
+        assert "params/augmented" in doubtful
+
+
+def test_every_layer_of_a_stack_is_projected_by_itself():
+    """Rows or inputs, layers, units: what `flax.linen.scan` makes along axis 1."""
+    leaves = {
+        "dense__kernel": (5, 3, 4),
+        "dense__bias": (4, 3),
+        "hidden__augmented_kernel": (6, 3, 4),
+    }
+    params = jax.tree.map(lambda x: x + jax.random.normal(KEY, x.shape), shapes(**leaves))
+    layers = {"*": Numbers(stack_axis=1)}
+    after = l1inf.project_params(params, 0.5, layers=layers)
+    rows = params["hidden"]["augmented_kernel"]
+    np.testing.assert_allclose(
+        after["hidden"]["augmented_kernel"], project_each(rows, 0.5, (0,)), atol=1e-6
+    )
+    joint = np.concatenate([params["dense"]["bias"].T[None], params["dense"]["kernel"]])
+    expected = project_each(joint, 0.5, (0,))
+    np.testing.assert_allclose(after["dense"]["kernel"], expected[1:], atol=1e-6)
+    np.testing.assert_allclose(after["dense"]["bias"], expected[0].T, atol=1e-6)
+    report = l1inf.sparsity_report(after, c=0.5, layers=layers)
+    assert [layer.columns_on_boundary for layer in report.layers] == [12, 12]
+    assert report.total.largest_norm <= 0.5
+    tx = l1inf.keep_params_in_l1inf_ball(0.5, layers=layers)
+    updates, state = tx.update(params, tx.init(after), after)
+    moved = optax.apply_updates(after, updates)
+    assert np.abs(np.asarray(moved["hidden"]["augmented_kernel"], np.float64)).sum(0).max() <= 0.5
+    assert jax.tree.leaves(state.thresholds)[0].shape == (3, 4)
+
+
+def test_what_is_not_stacked_can_be_said_for_the_rest():
+    params = shapes(
+        Conv_0__kernel=(3, 3, 2, 4), Conv_1__kernel=(3, 2, 4), down__kernel=(3, 3, 4, 4),
+        down__bias=(4,), general__kernel=(8, 2, 5), w__matrix=(4, 3), other__kernel=(4, 3),
+    )  # fmt: skip
+    layers = {"w/*": Numbers(1, 0), "other/*": None, "*": Numbers(stack_axis=())}
+    assert found(params, layers) == {
+        "Conv_0": ((0, 1, 2), False),
+        "Conv_1": ((0, 1), False),
+        "down": ((0, 1, 2), True),
+        "general": "doubt",
+        "w/matrix": ((1,), False),
+    }
+
+
+def test_a_described_bias_may_be_stacked_elsewhere_than_its_kernel():
+    kernel = jax.random.normal(KEY, (3, 6, 4, 5))  # in, layers, heads, units
+    bias = jax.random.normal(KEY, (4, 6, 5))
+    numbers = Numbers(reduction_axis=0, output_axis=(2, 3), bias="b", stack_axis=1)
+    after = l1inf.project_params({"w": kernel, "b": bias}, 0.5, layers={"w": numbers})
+    joint = np.concatenate([np.moveaxis(bias, 1, 0)[None], kernel])
+    expected = project_each(joint, 0.5, (0,))
+    np.testing.assert_allclose(after["w"], expected[1:], atol=1e-6)
+    np.testing.assert_allclose(after["b"], np.moveaxis(expected[0], 0, 1), atol=1e-6)
+
+
 # --- layers that are described --------------------------------------------------------------------
 
 
@@ -275,7 +560,9 @@ def at(tree, path):
     [
         ({"nothing": Numbers()}, ("layers", "'nothing'", "matches nothing", "a/w")),
         ({"a/w": Numbers(2, 1)}, ("layers", "'a/w'", "(4, 3)", "out of range")),
-        ({"a/w": Numbers(0, 0)}, ("layers", "'a/w'", "both reduction and output")),
+        ({"a/w": Numbers(0, 0)}, ("layers", "'a/w'", "two of reduction, output and stack")),
+        ({"a/w": Numbers(0, 1, stack_axis=0)}, ("layers", "'a/w'", "two of reduction, output")),
+        ({"a/w": Numbers(stack_axis=2)}, ("layers", "'a/w'", "stack_axis=2", "out of range")),
         ({"a/w": Numbers(0, 1, bias="c")}, ("layers", "'a/c'", "not in params")),
         ({"a/w": Numbers(1, 0, bias="b")}, ("bias", "'a/w'", "(3,)", "(4, 3)")),
         ({"z": {"w": Numbers()}}, ("layers", "'z/w'", "structure of the parameters", "a/w")),

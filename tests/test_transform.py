@@ -605,7 +605,8 @@ def test_stacked_layers_are_a_batch_of_matrices():
     )(6)
     params = model.init(jax.random.key(0), jnp.ones((3, 2, 4)))
     assert params["params"]["augmented_kernel"].shape == (3, 5, 6)
-    assert (norms(run(params)["params"]["augmented_kernel"]) <= 0.5).all()
+    layers = {"*": l1inf.LayerDimensionNumbers(stack_axis=0)}
+    assert (norms(run(params, layers=layers)["params"]["augmented_kernel"]) <= 0.5).all()
     plain = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(6)
     after = run(plain.init(jax.random.key(0), jnp.ones((3, 2, 4))))["params"]
     assert after["kernel"].shape == (3, 4, 6)
