@@ -557,8 +557,8 @@ def _stack_axes(leaf: _Leaf, stack_axis: Any) -> Axes:
 def _doubt(kernel: _Leaf, why: str, stack_axis: Any) -> str:
     """What a user is told whose layer's axes cannot be told."""
     by_stack = (
-        "If its layers are stacked, say along which axis, as in "
-        "layers={glob: LayerDimensionNumbers(stack_axis=0)}; if they are not, stack_axis=(). Otherwise say "
+        "If its layers are stacked, say along which axis, as in layers={glob: "
+        "LayerDimensionNumbers(stack_axis=0)}; if they are not, stack_axis=(). Otherwise say "
     )
     return (
         f"layers cannot tell the axes of {kernel.path!r}, shape {kernel.shape}: {why}. "
