@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from l1inf_optax._projection import Axes
+from l1inf_optax._projection.arguments import Axes
 
 AUGMENTED_KERNEL = "augmented_kernel"
 

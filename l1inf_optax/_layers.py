@@ -23,7 +23,13 @@ from l1inf_optax._conventions import (
     Shape,
     attention_role,
 )
-from l1inf_optax._projection import Arrays, Axes, check_floating, check_radius, normalise_axes
+from l1inf_optax._projection.arguments import (
+    Arrays,
+    Axes,
+    check_floating,
+    check_radius,
+    normalise_axes,
+)
 
 Radius = Any  # a number, an array, or an optax schedule
 Radii = Radius | Mapping[str, Radius | None]

@@ -17,17 +17,10 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers, _metric
 from l1inf_optax._layers import Layer, Layers, Radii, Radius
-from l1inf_optax._projection import (
-    Arrays,
-    Axes,
-    Pair,
-    Projected,
-    Request,
-    check_method,
-    project_all,
-    project_columns,
-    round_to,
-)
+from l1inf_optax._projection.arguments import Arrays, Axes, check_method
+from l1inf_optax._projection.floats import Pair, round_to
+from l1inf_optax._projection.requests import Request, project_all, project_columns
+from l1inf_optax._projection.shrink import Projected
 
 Projection = Callable[[Callable[..., Arrays], list[Request]], list[Projected]]
 
@@ -371,7 +364,7 @@ def _into_ball(
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
-            bounded=True,
+            is_bounded=True,
         )
         for layer, radius in chosen
     ]

@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer, Layers
-from l1inf_optax._projection import check_radius
+from l1inf_optax._projection.arguments import check_radius
 
 __all__ = [
     "Certificate",

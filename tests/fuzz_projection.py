@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import l1inf_optax as l1inf
-from l1inf_optax import _projection
+from l1inf_optax._projection.requests import project_columns
 from tests import oracle
 
 # (shape, the axis a column runs along)
@@ -197,7 +197,7 @@ def project(rng, kind, batch):
     def as_given(a):
         return np.moveaxis(a.reshape(n, *others), 0, axis)
 
-    found = _projection.project_columns(
+    found = project_columns(
         (jnp.asarray(as_given(x)),),
         c.reshape(others),
         (axis,),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import l1inf_optax as l1inf
-from l1inf_optax import _projection
+from l1inf_optax._projection.requests import project_columns
 from tests import oracle
 
 METHODS = ("newton", "sort")
@@ -227,7 +227,7 @@ def test_columns_on_the_sphere_are_told_apart_wherever_the_search_starts(dtype, 
         w = l1inf.projection_l1inf_ball(x, c, metric=metric)
     else:
         guess = jnp.asarray(start * norms / 24, jnp.float32)
-        w = _projection.project_columns((x,), jnp.asarray(c), (0,), start=guess).parts[0]
+        w = project_columns((x,), jnp.asarray(c), (0,), start=guess).parts[0]
     w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
     inside = norms <= c
     assert 0.2 < inside.mean() < 0.8
@@ -251,7 +251,7 @@ def test_an_integer_radius_is_a_radius(c):
 
 def test_16_bit_columns_end_where_their_format_underflows():
     x = jnp.full((97, 1), 3.0694e-33, jnp.bfloat16)
-    passes = _projection.project_columns((x,), 7.523e-37, (0,)).passes
+    passes = project_columns((x,), 7.523e-37, (0,)).passes
     assert passes < 16
 
 
@@ -356,7 +356,7 @@ def test_newton_ends_within_its_theoretical_number_of_passes(n):
     x = jnp.asarray(np.stack(columns, 1), jnp.float32)
     for share in (1e-6, 1e-3, 0.1, 0.9):
         c = share * jnp.abs(x).sum(0)
-        passes = _projection.project_columns((x,), c, (0,)).passes
+        passes = project_columns((x,), c, (0,)).passes
         assert passes <= np.log2(n) + 5 + 4, "and four to certify the result"
 
 
@@ -434,7 +434,7 @@ def test_a_search_may_start_from_anything(start, weighted):
     x, c = random_columns(np.random.default_rng(13))
     metric = (jnp.asarray(weights(np.random.default_rng(1), x.shape)),) if weighted else None
     plain, started = (
-        _projection.project_columns((jnp.asarray(x),), c, (0,), metric=metric, start=start)
+        project_columns((jnp.asarray(x),), c, (0,), metric=metric, start=start)
         for start in (None, jnp.full(64, start, jnp.float32))
     )
     size = c + np.abs(x).max(0) if weighted else c
@@ -608,7 +608,7 @@ def test_columns_split_over_arrays_of_two_dtypes_are_one_column():
     rng = np.random.default_rng(8)
     kernel = jnp.asarray(rng.normal(size=(30, 4)), jnp.bfloat16)
     bias = jnp.asarray(rng.normal(size=(1, 4)), jnp.float32)
-    w_bias, w_kernel = _projection.project_columns((bias, kernel), 1.0, (0,)).parts
+    w_bias, w_kernel = project_columns((bias, kernel), 1.0, (0,)).parts
     assert (w_bias.dtype, w_kernel.dtype) == (jnp.float32, jnp.bfloat16)
     whole = np.vstack([np.asarray(w_bias, np.float64), np.asarray(w_kernel, np.float64)])
     assert (np.abs(whole).sum(0) <= 1).all()

@@ -1,7 +1,7 @@
 """What the projection costs on a GPU, as a multiple of copying the same matrix.
 
-`python -m tests.benchmarks.bench_gpu` prints Markdown: the compiled path of `_projection`, the
-kernel of `_pallas`, each from no thresholds and from those of the last training step, and sorting.
+`python -m tests.benchmarks.bench_gpu` prints Markdown: Newton's method from no thresholds and from
+those of the last training step, and sorting.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import l1inf_optax as l1inf
-from l1inf_optax import _pallas
-from tests.benchmarks.bench_projection import columns, ours, radius, trained
+from tests.benchmarks.bench_projection import columns, ours, radius
 from tests.benchmarks.timing import Step, interleaved
 
 SIZES = ((4097, 4096), (16385, 4096))
@@ -24,49 +23,34 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 ZEROS = 0.9
 
 
-def contenders(x: jax.Array, c: float, interpret: bool = False) -> dict[str, Step]:
+def contenders(x: jax.Array, c: float) -> dict[str, Step]:
     """A copy of the matrix first, then its projections."""
-    moved, threshold = trained(x, c)
     copy = jax.jit(jnp.copy)
-    kernel = jax.jit(lambda x, start: _pallas.project(x, c, start, interpret=interpret))
     sort = jax.jit(functools.partial(l1inf.projection_l1inf_ball, c=c, method="sort"))
     return {
         "copy": lambda: copy(x),
-        **{name.replace("Newton", "XLA"): step for name, step in ours(x, c).items()},
-        "Pallas, cold": lambda: kernel(x, None),
-        "Pallas, warm": lambda: kernel(moved, threshold),
+        **ours(x, c),
         "sort": lambda: sort(x),
     }
 
 
-def undecided(x: jax.Array, c: float, interpret: bool = False) -> int:
-    """How many columns the kernel leaves to XLA, from no thresholds and from the last ones."""
-    moved, threshold = trained(x, c)
-    cases = (x, None), (moved, threshold)
-    return sum(
-        int(_pallas.attempt(y, c, start, interpret=interpret).undecided.sum()) for y, start in cases
-    )
-
-
-def table(
-    sizes: tuple[tuple[int, int], ...], budget: float, least: int = 20, interpret: bool = False
-) -> None:
+def table(sizes: tuple[tuple[int, int], ...], budget: float, least: int = 20) -> None:
     names: list[str] = []
     for shape in sizes:
         host = columns("Gaussian", shape)
         c = radius(host, ZEROS)
         for dtype in DTYPES:
             x = jnp.asarray(host, dtype)
-            steps = contenders(x, c, interpret)
+            steps = contenders(x, c)
             if not names:
                 names = [name for name in steps if name != "copy"]
-                print("| matrix | dtype | copy, ms | " + " | ".join(names) + " | undecided |")
-                print("| --- " * (4 + len(names)) + "|")
+                print("| matrix | dtype | copy, ms | " + " | ".join(names) + " |")
+                print("| --- " * (3 + len(names)) + "|")
             times = np.median(interleaved(list(steps.values()), budget, least), axis=0)
             cells = " | ".join(f"{ratio:.1f}" for ratio in times[1:] / times[0])
             print(
                 f"| {shape[0]} x {shape[1]} | {jnp.dtype(dtype).name} | {1e3 * times[0]:.3f} "
-                f"| {cells} | {undecided(x, c, interpret)} |",
+                f"| {cells} |",
                 flush=True,
             )
 

@@ -28,7 +28,8 @@ import optax
 import pytest
 
 import l1inf_optax as l1inf
-from l1inf_optax._projection import Projected, Request, project_all
+from l1inf_optax._projection.requests import Request, project_all
+from l1inf_optax._projection.shrink import Projected
 from tests.benchmarks.timing import Step, interleaved, seconds
 
 SIZES = ((501, 100), (785, 900), (1001, 300), (4097, 4096), (16385, 4096))
@@ -42,7 +43,7 @@ def project(
     x: jax.Array, c: float, start: jax.Array | None, slope: jax.Array | None = None
 ) -> Projected:
     slopes = None if slope is None else (slope,)
-    return project_all(lambda x: (x,), [Request((x,), c, (0,), start, slopes, bounded=True)])[0]
+    return project_all(lambda x: (x,), [Request((x,), c, (0,), start, slopes, is_bounded=True)])[0]
 
 
 def columns(kind: str, shape: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,119 @@
+"""What is wrong with an argument is said before anything is compiled."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from l1inf_optax._projection.floats import terms_rounded_down
+
+Axes = tuple[int, ...]
+Arrays = tuple[jax.Array, ...]
+
+METHODS = ("newton", "sort")
+# Radii for which nothing needs a scale of its own: no sum that decides anything can overflow, no
+# bit that decides anything can underflow, and what underflows is nothing beside c.
+_ORDINARY_RADII = 2.0**-30, 2.0**60
+_SHOWN = 16  # numbers that a message shows
+
+
+def floating(x: ArrayLike, name: str = "x") -> jax.Array:
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}, not an array: to project a pytree of parameters, say "
+            "l1inf.project_params(params, c)"
+        ) from None
+    check_floating(array.dtype, name)
+    return array
+
+
+def check_floating(dtype: jnp.dtype, name: str) -> None:
+    """Raises a ValueError if ``name`` has no dtype that can be projected."""
+    if dtype not in (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64):
+        raise ValueError(
+            f"{name} has dtype {dtype}: convert it to float16, bfloat16, float32 or float64"
+        )
+
+
+def normalise_axes(axis: int | Sequence[int], ndim: int, name: str = "axis") -> Axes:
+    """Axes as sorted non-negative ints; a ValueError names what is wrong with ``name``."""
+    try:
+        given = (operator.index(axis),) if not isinstance(axis, Sequence) else tuple(axis)
+    except TypeError:
+        raise ValueError(
+            f"{name}={axis!r} is not an int or a sequence of ints: name axes"
+        ) from None
+    if any(not -ndim <= a < ndim for a in given):
+        raise ValueError(f"{name}={axis} is out of range for an array with {ndim} axes")
+    axes = tuple(sorted(int(a) % ndim for a in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(f"{name}={axis} names an axis twice: name each once")
+    return axes
+
+
+def check_method(method: str) -> None:
+    """Raises a ValueError if there is no such method."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
+
+
+def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None) -> None:
+    """Raises a ValueError if ``c`` is not positive or, where these are given, does not fit columns.
+
+    What is traced is not known yet, and passes for positive.
+    """
+    try:
+        radii = np.asarray(1 if isinstance(c, jax.core.Tracer) else c)
+    except (TypeError, ValueError):  # no array can be made of it
+        radii = np.asarray(None)
+    if not any(jnp.issubdtype(radii.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+        raise ValueError(
+            f"c={brief(c)} is a {type(c).__name__}, not a number: give the largest L1 norm a "
+            "column may have"
+        )
+    if not np.all(radii > 0):
+        raise ValueError(
+            f"c={brief(c)} is not positive: give the largest L1 norm a column may have"
+        )
+    if columns is not None and jnp.shape(c) not in ((), columns):
+        raise ValueError(
+            f"c has shape {jnp.shape(c)}: give a scalar, or one value for each column, {columns}"
+        )
+
+
+def brief(x: Any) -> str:
+    """How a message shows a value: as Python does, but never a page of it."""
+    leaves = jax.tree.leaves(x)
+    if sum(getattr(leaf, "size", 1) for leaf in leaves) > _SHOWN:  # do not fetch them from a device
+        if leaves[0] is x:
+            return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        return f"<{type(x).__name__} with {len(leaves)} leaves>"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= _SHOWN * 10 else f"{text[: _SHOWN * 10]}..."
+
+
+def is_ordinary_radius(c: ArrayLike) -> bool:
+    """Whether ``c`` is known now (not traced) and of ordinary size."""
+    least, most = _ORDINARY_RADII
+    try:
+        radii = np.asarray(c).astype(np.float64)
+    except jax.errors.TracerArrayConversionError:
+        return False
+    return bool(np.all((radii >= least) & (radii <= most)))
+
+
+def radius_terms(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> Arrays:
+    """``c`` in terms that ``dtype`` can hold; a JAX array stays whole, for its tangent's sake."""
+    check_radius(c, columns)
+    if not isinstance(c, jax.Array):
+        return tuple(map(jnp.asarray, terms_rounded_down(np.asarray(c, np.float64), dtype, np)))
+    if jnp.issubdtype(c.dtype, jnp.floating):  # a wider float is taken apart later
+        return (c if c.dtype.itemsize > dtype.itemsize else c.astype(dtype),)
+    nearest = c.astype(dtype)
+    return (jnp.where(nearest.astype(c.dtype) > c, jnp.nextafter(nearest, 0 * nearest), nearest),)

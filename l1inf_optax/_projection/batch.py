@@ -1,0 +1,147 @@
+"""The columns of whole layers: on one device or many, one layer or several of one kind.
+
+Layers of one kind share one compiled search: they take turns in one loop, one computation for all,
+and memory for one.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from l1inf_optax._projection.arguments import Arrays, Axes
+from l1inf_optax._projection.columns import columns_of, magnitude
+from l1inf_optax._projection.shrink import Found, Projected, shrink
+from l1inf_optax._projection.threshold import find_thresholds
+from l1inf_optax._sharding import Rows, columns_where_they_are
+
+
+class Layer(NamedTuple):
+    """What is known of a layer's columns when the program runs.
+
+    Attributes:
+        operands: What its parts are made of.
+        slope: ``None`` or how fast each entry shrinks, one array for each part.
+        start: Where the search for the thresholds starts, column by column.
+        c: The radius in terms that add up to it, column by column.
+    """
+
+    operands: Any
+    slope: Arrays | None
+    start: jax.Array
+    c: Arrays
+
+
+class Kind(NamedTuple):
+    """What layers that share a search have in common, known when it is compiled.
+
+    Attributes:
+        make: Function from a layer's operands to its parts.
+        axes: The axes a column runs along.
+        method: ``"newton"`` or ``"sort"``.
+        is_ordinary: Whether the radius, and magnitudes with a metric, need no scale of their own.
+    """
+
+    make: Callable[..., Arrays]
+    axes: Axes
+    method: str
+    is_ordinary: bool
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def solve(layers: tuple[Layer, ...], kind: Kind) -> tuple[Projected, ...]:
+    """The layers projected, on the devices that hold them; ``axes`` of the thresholds are kept."""
+    parts = jax.eval_shape(kind.make, *layers[0].operands)
+    matrix = max(parts, key=lambda part: part.size)
+
+    def on_device(layers: tuple[Layer, ...], rows: Rows) -> tuple[Projected, ...]:
+        if len(layers) == 1 and not rows.names:
+            solutions = [_solve_one(layers[0], kind)]
+        else:
+            is_split = [part.shape == matrix.shape for part in parts]
+            solutions = _solve_in_turn(layers, kind, rows, is_split)
+        return tuple(
+            solved._replace(passes=jnp.broadcast_to(solved.passes, solved.threshold.shape))
+            for solved in solutions
+        )
+
+    solutions = columns_where_they_are(
+        on_device, layers, matrix.shape, kind.axes, split_rows=kind.method != "sort"
+    )
+    return tuple(solved._replace(passes=jnp.max(solved.passes, initial=0)) for solved in solutions)
+
+
+def _solve_one(layer: Layer, kind: Kind) -> Projected:
+    parts = kind.make(*layer.operands)
+    columns = columns_of(
+        parts, layer.c, layer.slope, kind.axes, is_ordinary=kind.is_ordinary, rows=Rows()
+    )
+    found = find_thresholds(columns, layer.start, kind.axes, kind.method)
+    return shrink(parts, tuple(map(columns.magnitude, columns.entries)), columns.slope, found)
+
+
+def _solve_in_turn(
+    layers: tuple[Layer, ...], kind: Kind, rows: Rows, is_split: Sequence[bool]
+) -> list[Projected]:
+    """Layers of one kind; ``is_split`` says of which parts a device holds only some rows."""
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *((x.start, x.c) for x in layers))
+
+    def made(operands: Any, slope: Arrays | None) -> tuple[Arrays, Arrays | None]:
+        return kind.make(*operands), slope
+
+    choices = [functools.partial(made, x.operands, x.slope) for x in layers]
+
+    @jax.jit  # traced once, for its form and for the loop
+    def find(i: jax.Array) -> Found:
+        start, c = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), by_column)
+        parts, slope = lax.switch(i, choices)
+        if rows.names:  # parts that all devices hold count once
+            mine = rows.is_first()
+            parts = tuple(
+                x if own else jnp.where(mine, x, 0) for x, own in zip(parts, is_split, strict=True)
+            )
+        columns = columns_of(parts, c, slope, kind.axes, is_ordinary=kind.is_ordinary, rows=rows)
+        return find_thresholds(columns, start, kind.axes, kind.method)
+
+    return [
+        _shrunk_layer(*make(), found)
+        for make, found in zip(choices, _in_turn(find, len(layers)), strict=True)
+    ]
+
+
+def _in_turn(find: Callable[[jax.Array], Found], n: int) -> list[Found]:
+    """What ``find`` gives for 0 to n - 1, from one loop.
+
+    Each result leaves the loop in an array of its own, pushed through a queue. Cut out of one
+    array, at a place of its own, it would make each layer's next loops a kernel to compile, where
+    layers of one shape can share them.
+    """
+    form = jax.eval_shape(find, jax.ShapeDtypeStruct((), jnp.int32))
+    shape, dtype = form.threshold.shape, form.threshold.dtype
+    forms = jax.tree.leaves(form)
+
+    def turn(i: jax.Array, queue: Arrays) -> Arrays:
+        values = [jnp.broadcast_to(x, shape) for x in jax.tree.leaves(find(i.astype(jnp.int32)))]
+        return *queue[1:], jnp.stack([x.astype(dtype) for x in values])
+
+    queue = lax.fori_loop(0, n, turn, (jnp.zeros((len(forms), *shape), dtype),) * n)
+    results = []
+    for values in queue:
+        leaves = [x.astype(like.dtype) for x, like in zip(values, forms, strict=True)]
+        found = jax.tree.unflatten(jax.tree.structure(form), leaves)
+        results.append(found._replace(passes=jnp.max(found.passes, initial=0)))
+    return results
+
+
+def _shrunk_layer(parts: Arrays, slope: Arrays | None, found: Found) -> Projected:
+    """A layer projected, its entries made again: only one layer's need memory in the loop."""
+    wide = tuple(x.astype(found.threshold.dtype) for x in parts)
+    slopes = slope or (None,) * len(parts)
+    if found.scaling is None:
+        entries = tuple(magnitude(x, is_weighted=slope is not None) for x in wide)
+    else:
+        entries = tuple(map(found.scaling.magnitude, wide, slopes))
+    return shrink(parts, entries, slope, found)

@@ -1,0 +1,92 @@
+"""What soft-thresholding at some threshold leaves of every column, in one pass over the entries."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from l1inf_optax._projection.arguments import Arrays, Axes
+from l1inf_optax._projection.columns import Columns, above_threshold
+from l1inf_optax._projection.floats import Pair, exponent_of, power_of_two
+from l1inf_optax._projection.sums import (
+    FOLDS,
+    add,
+    device_rounding_bound,
+    doubled_column_sums,
+    fold,
+    over_devices,
+)
+from l1inf_optax._projection.xla_cpu import kept_in_the_loop
+
+
+class Measured(NamedTuple):
+    """The norm of what soft-thresholding leaves of a column, as it will be stored.
+
+    Attributes:
+        norm: The norm.
+        excess: How far it is above c.
+        doubt: How far rounding may have taken both from the truth.
+        slope: How fast the norm falls as the threshold rises: the number of survivors, or with a
+            metric the sum of their slopes.
+    """
+
+    norm: jax.Array
+    excess: jax.Array
+    doubt: jax.Array
+    slope: jax.Array
+
+
+def measure(columns: Columns, theta: Pair, axes: Axes, opaque_true: jax.Array) -> Measured:
+    """The norm at a threshold; ``opaque_true`` as in :func:`in_stages`."""
+    eps = float(jnp.finfo(columns.c.dtype).eps)
+    sums = doubled_column_sums(
+        lambda: _survivors(columns, theta, axes),
+        axes,
+        opaque_true,
+        first=lambda norm, slope: (norm, jnp.zeros_like(norm), slope),
+    )
+    norm, error, slope = over_devices(sums, columns.c, columns.rows)
+    # What rounds is the first fold; adding up k numbers rounds k - 1 times, by eps / 2 at most. The
+    # 2^-8 covers the second order, and the rounding of this line.
+    steps = FOLDS if columns.slope is not None else jnp.clip(slope - 1, 0, FOLDS)
+    doubt = norm * steps * (eps / 2 * (1 + 2.0**-8))
+    doubt += device_rounding_bound(norm, columns.c, columns.rows)
+    return Measured(norm, (norm - columns.c) + error, doubt, slope)
+
+
+def _survivors(columns: Columns, theta: Pair, axes: Axes) -> list[Arrays]:
+    """What soft-thresholding leaves, and how fast it shrinks, folded."""
+    entries, theta = kept_in_the_loop((columns.entries, theta))
+    pairs: list[Arrays] = []
+    for i, (x, dtype) in enumerate(zip(entries, columns.dtypes, strict=True)):
+        slope = () if columns.slope is None else (columns.slope[i],)
+
+        def values(x: jax.Array, *slope: jax.Array, dtype: jnp.dtype = dtype) -> Arrays:
+            over = above_threshold(columns.magnitude(x), theta, *(slope or (None,)))
+            dropped = over <= 0  # a NaN is not
+            stored = columns.as_stored(over, dtype)
+            # -0.0 is what addition leaves alone: the compiler can skip instead of add.
+            kept = slope[0] if slope else jnp.ones_like(over)
+            return jnp.where(dropped, -0.0, stored), jnp.where(dropped, -0.0, kept)
+
+        pairs += fold(values, (x, *slope), axes, add)
+    return pairs
+
+
+def largest_share(columns: Columns, theta: jax.Array, axes: Axes) -> jax.Array:
+    """The largest value an entry may keep: of k infinite ones, an equal share of c."""
+    info = jnp.finfo(theta.dtype)
+    infinite = theta == info.max  # where the search ends if none but infinite entries survive
+
+    def share() -> jax.Array:
+        ks = ((jnp.abs(x) == jnp.inf).sum(axes, keepdims=True) for x in columns.entries)
+        mine: jax.Array = functools.reduce(jnp.add, ks)
+        k = jnp.maximum(columns.rows.sum(mine), 1).astype(theta.dtype)
+        is_power_of_two = k == power_of_two(exponent_of(k))
+        # Rounded down, so that k of them fit into c.
+        rounding = jnp.where(is_power_of_two, 1, 1 - info.eps)
+        return jnp.where(infinite, columns.c / k * rounding, jnp.inf)
+
+    return lax.cond(jnp.any(infinite), share, lambda: jnp.full_like(theta, jnp.inf))

@@ -1,0 +1,136 @@
+"""The columns of many layers, each with its radius; what is wrong with them is said first."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from l1inf_optax._projection.arguments import (
+    Arrays,
+    Axes,
+    check_floating,
+    check_method,
+    is_ordinary_radius,
+    radius_terms,
+)
+from l1inf_optax._projection.batch import Kind, Layer
+from l1inf_optax._projection.columns import slopes_of
+from l1inf_optax._projection.derivative import project
+from l1inf_optax._projection.shrink import Projected
+
+
+class Request(NamedTuple):
+    """Columns to project.
+
+    Attributes:
+        operands: What they are made of.
+        c: Radius, positive; a scalar or one value for each column.
+        axes: The axes a column runs along, non-negative and sorted.
+        start: ``None`` or a guess of the thresholds.
+        slope: ``None`` or how fast each entry shrinks as the threshold rises, in the shapes of the
+            parts, from 2^-60 to 1: the reciprocals of a metric's weights.
+        is_bounded: Whether magnitudes above 2^60 may count as that, which saves a weighted
+            projection a copy of the entries.
+    """
+
+    operands: Any
+    c: ArrayLike
+    axes: Axes
+    start: jax.Array | None = None
+    slope: Arrays | None = None
+    is_bounded: bool = False
+
+
+def project_columns(
+    parts: Arrays,
+    c: ArrayLike,
+    axes: Axes,
+    *,
+    metric: Arrays | None = None,
+    method: str = "newton",
+    start: jax.Array | None = None,
+) -> Projected:
+    """Projects columns that are split over several arrays, such as a kernel and its bias.
+
+    Args:
+        parts: Floating-point arrays of one rank that agree in every axis but ``axes``; a column is
+            what they hold at one column index, all parts together.
+        c: Radius, positive; a scalar or one value for each column.
+        axes: The axes a column runs along, non-negative and sorted.
+        metric: ``None`` or weights in the shapes of ``parts``.
+        method: ``"newton"`` or ``"sort"``.
+        start: ``None`` or a guess of the thresholds, such as those of similar columns. It changes
+            how many passes the search takes and the last bits of the result, nothing else.
+
+    Returns:
+        The projected parts, their thresholds and the number of passes.
+
+    Raises:
+        ValueError: as :func:`projection_l1inf_ball`.
+    """
+    if metric is not None:
+        for part, weights in zip(parts, metric, strict=True):
+            if weights.shape != part.shape:
+                raise ValueError(
+                    f"metric has shape {weights.shape}, but x has shape {part.shape}: "
+                    "give one weight for each entry"
+                )
+    slope = None if metric is None else slopes_of(parts, metric, axes)
+    request = Request(parts, c, axes, start, slope)
+    return project_all(_as_they_are, [request], method=method)[0]
+
+
+def project_all(
+    make: Callable[..., Arrays],
+    requests: Sequence[Request],
+    *,
+    method: str = "newton",
+) -> list[Projected]:
+    """Projects the columns of many layers; those of one kind share one compiled search.
+
+    Args:
+        make: Function from a request's operands to the parts to project, entry by entry. It is
+            called again wherever they are read, so that only one layer's parts need memory of
+            their own at a time.
+        requests: What to project.
+        method: ``"newton"`` or ``"sort"``.
+
+    Returns:
+        For each request the projected parts, their thresholds and the number of passes.
+
+    Raises:
+        ValueError: as :func:`projection_l1inf_ball`.
+    """
+    check_method(method)
+    prepared = [_prepared(make, request, method) for request in requests]
+    groups: dict[Any, list[int]] = {}
+    for i, (layer, kind) in enumerate(prepared):
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), layer)
+        same = jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)), kind
+        groups.setdefault(same, []).append(i)
+    results: dict[int, Projected] = {}
+    for (*_, kind), members in groups.items():
+        projected = project(tuple(prepared[i][0] for i in members), kind)
+        for i, found in zip(members, projected, strict=True):
+            results[i] = found._replace(threshold=jnp.squeeze(found.threshold, kind.axes))
+    return [results[i] for i in range(len(requests))]
+
+
+def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tuple[Layer, Kind]:
+    operands, c, axes, start, slope, is_bounded = request
+    parts = jax.eval_shape(make, *operands)
+    for part in parts:
+        check_floating(part.dtype, "the array")
+    dtype = jnp.result_type(jnp.float32, *(part.dtype for part in parts))
+    columns = tuple(n for i, n in enumerate(parts[0].shape) if i not in axes)
+    terms = radius_terms(c, dtype, columns)
+    guess = jnp.zeros((), dtype) if start is None else start.astype(dtype)
+    first, *rest = (jnp.expand_dims(jnp.broadcast_to(x, columns), axes) for x in (guess, *terms))
+    is_ordinary = (slope is None or is_bounded) and is_ordinary_radius(c)
+    return Layer(operands, slope, first, tuple(rest)), Kind(make, axes, method, is_ordinary)
+
+
+def _as_they_are(*parts: jax.Array) -> Arrays:
+    return parts
