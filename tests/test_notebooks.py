@@ -16,9 +16,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests import devices
+from tests import children
 
-FOLDER = devices.ROOT / "notebooks"
+FOLDER = children.ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("name", NAMES)
 # Flax 0.12.0 looks for two names as it is imported that are deprecated on JAX 0.8.0.
@@ -52,9 +52,15 @@ def test_there_are_the_seven():
 @EVERY
 def test_it_runs_without_warnings_in_time(name):
     notebook, before = read(name), processor_time()
-    environment = {**os.environ, "PYTHONPATH": str(devices.ROOT), "PYTHONWARNINGS": SHOWN}
+    environment = {**os.environ, "PYTHONPATH": str(children.ROOT), "PYTHONWARNINGS": SHOWN}
     resources = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
+    client = NotebookClient(
+        notebook,
+        kernel_name="python3",
+        resources=resources,
+        timeout=children.PATIENCE,  # for a cell
+        iopub_timeout=children.PATIENCE,  # what it shows would be lost after that
+    )
     client.execute(env=environment)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
