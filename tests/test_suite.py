@@ -1,5 +1,6 @@
 """The tests themselves: they are the same in every process, and wait for none for long."""
 
+import os
 import re
 import sys
 import time
@@ -9,6 +10,33 @@ import pytest
 from tests import children
 
 TESTS = children.ROOT / "tests"
+
+
+def test_another_process_collects_the_same_tests_in_the_same_order(request, tmp_path):
+    ours = [item.nodeid for item in request.session.items]
+    options = ["--collect-only", "-q", "-n0", "-p", "no:cacheprovider"]
+    done = children.run(
+        [sys.executable, "-m", "pytest", *options, *request.config.args],
+        cwd=request.config.invocation_params.dir,
+        env={**os.environ, "PYTHONHASHSEED": "1", "TZ": "Asia/Tokyo", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = set(ours)  # of a run with -k, say
+    assert [line for line in done.stdout.splitlines() if line in chosen] == ours
+
+
+def test_bytes_are_not_taken_for_an_id(request):
+    make_id = request.config.hook.pytest_make_parametrize_id
+    with pytest.raises(ValueError, match=r"content is b'\\x1f\\x8b', .* name it by ids="):
+        make_id(config=request.config, val=b"\x1f\x8b", argname="content")
+
+
+def test_the_last_digits_of_a_float_are_no_part_of_an_id(request):
+    make_id = request.config.hook.pytest_make_parametrize_id
+    one, other = (
+        make_id(config=request.config, val=x, argname="x") for x in (0.9, 0.8999999999999999)
+    )
+    assert one == other == "0.9"
 
 
 def test_a_child_that_hangs_is_killed_with_all_that_it_has_started(monkeypatch):
