@@ -1,5 +1,16 @@
+import hypothesis
 import jax
 import pytest
+
+# The same examples every time, however slow the machine: the fuzzers look for new ones.
+hypothesis.settings.register_profile(
+    "never by chance",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("never by chance")
+
 
 def pytest_make_parametrize_id(val, argname):
     """Ids are the same in every process, or pytest-xdist runs nothing."""

@@ -5,6 +5,7 @@ import re
 import sys
 import time
 
+import hypothesis
 import pytest
 
 from tests import children
@@ -37,6 +38,13 @@ def test_the_last_digits_of_a_float_are_no_part_of_an_id(request):
         make_id(config=request.config, val=x, argname="x") for x in (0.9, 0.8999999999999999)
     )
     assert one == other == "0.9"
+
+
+def test_examples_are_the_same_every_time_and_may_take_their_time():
+    settings = hypothesis.settings()
+    assert settings.derandomize
+    assert settings.deadline is None
+    assert hypothesis.HealthCheck.too_slow in settings.suppress_health_check
 
 
 def test_a_child_that_hangs_is_killed_with_all_that_it_has_started(monkeypatch):
