@@ -1,5 +1,9 @@
+import ctypes
+import gc
+
 import hypothesis
 import jax
+import psutil
 import pytest
 
 # The same examples every time, however slow the machine: the fuzzers look for new ones.
@@ -25,3 +29,29 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+ROOM = 500_000_000  # bytes
+GIVE_BACK = getattr(ctypes.CDLL(None), "malloc_trim", int)  # glibc keeps what is freed otherwise
+
+
+def resident():
+    """The bytes that this process holds."""
+    return psutil.Process().memory_info().rss
+
+
+@pytest.fixture(scope="session")
+def held():
+    """The bytes that were left the last time that programs were dropped."""
+    return [resident()]
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped(held):
+    """Drops what tests have compiled whenever it takes half a gigabyte: all of it takes six."""
+    yield
+    if resident() > held[0] + ROOM:
+        jax.clear_caches()
+        gc.collect()
+        GIVE_BACK(0)
+        held[0] = resident()
