@@ -11,7 +11,7 @@ PARTS = {
     "momentum": "update_is and momentum",
     "adam": "update_is and adam",
     "a transformer": "transformer",
-    "columns": "columns or derivatives",
+    "split columns": "split_columns",
 }
 PARTS["others"] = " and ".join(f"not ({part})" for part in PARTS.values())
 
