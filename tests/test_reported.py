@@ -33,7 +33,12 @@ from tests.oracle import project
 
 
 def normal(*shape, key=0, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(key), shape, dtype)
+    return jnp.asarray(np.random.default_rng(key).normal(size=shape), dtype)
+
+
+def filled(make):
+    """What ``make`` returns, with numbers in the place of its shapes: nothing is compiled."""
+    return jax.tree.map(lambda x: normal(*x.shape), eqx.filter_eval_shape(make))
 
 
 def network(dtype=jnp.float32):
@@ -114,17 +119,12 @@ def test_a_filter_of_a_grouped_or_depthwise_convolution_is_a_column():
             nn.Conv(6, (1, 3), feature_group_count=2),
         ]
     )
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 8, 1)))["params"]
-    params = {
-        name: {k: normal(*x.shape) for k, x in layer.items()} for name, layer in shapes.items()
-    }
+    params = filled(lambda: model.init(jax.random.key(0), jnp.ones((1, 3, 8, 1))))["params"]
     assert reported(params) == {
         name: (units, norms(*(params[name][k] for k in sorted(params[name], reverse=True))).max())
         for name, units in (("layers_0", 4), ("layers_1", 8), ("layers_2", 6))
     }
-    plain = eqx.filter(
-        eqx.nn.Conv2d(4, 8, (3, 1), groups=4, key=jax.random.key(0)), eqx.is_inexact_array
-    )
+    plain = filled(lambda: eqx.nn.Conv2d(4, 8, (3, 1), groups=4, key=jax.random.key(0)))
     assert reported(plain) == {"": (8, norms(plain.weight, plain.bias, rows=(1, 2, 3)).max())}
     haiku = {"w": normal(3, 1, 1, 8), "b": normal(8, key=1)}  # of a DepthwiseConv2D
     assert reported(haiku) == {"": (8, norms(haiku["w"], haiku["b"]).max())}
@@ -133,10 +133,7 @@ def test_a_filter_of_a_grouped_or_depthwise_convolution_is_a_column():
 def test_every_projection_of_an_attention_layer_is_constrained():
     # keras-team/keras#18883: MultiHeadAttention dropped the constraints it was given.
     model = nn.MultiHeadDotProductAttention(2, qkv_features=4)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, 3, 4)))["params"]
-    params = {
-        name: {k: normal(*x.shape) for k, x in layer.items()} for name, layer in shapes.items()
-    }
+    params = filled(lambda: model.init(jax.random.key(0), jnp.ones((1, 3, 4))))["params"]
     assert reported(params, c=1.0) == {
         name: (4, norms(layer["kernel"], layer["bias"], rows=(0, 1) if name == "out" else 0).max())
         for name, layer in params.items()
@@ -145,7 +142,7 @@ def test_every_projection_of_an_attention_layer_is_constrained():
 
 def test_rows_of_an_embedding_can_be_bounded():
     # pytorch/pytorch#1278: max_norm of the rows of an embedding.
-    table = eqx.filter(eqx.nn.Embedding(5, 4, key=jax.random.key(0)), eqx.is_inexact_array)
+    table = filled(lambda: eqx.nn.Embedding(5, 4, key=jax.random.key(0)))
     largest = norms(table.weight, rows=1).max()
     assert reported(table, c=1.0, layers={"weight": Numbers(1, 0)}) == {"weight": (5, largest)}
 
@@ -156,7 +153,7 @@ def test_members_of_an_ensemble_have_columns_of_their_own():
     def make(key):
         return eqx.filter(eqx.nn.MLP(2, 2, 2, 2, key=key), eqx.is_inexact_array)
 
-    ensemble = make(jax.random.split(jax.random.key(0), 2))
+    ensemble = filled(lambda: make(jax.random.split(jax.random.key(0), 2)))
     assert reported(ensemble) == {
         f"layers/{i}": (4, norms(layer.weight, layer.bias, rows=2).max())
         for i, layer in enumerate(ensemble.layers)
@@ -387,29 +384,22 @@ def test_complex_parameters_beside_the_constrained_ones_are_trained():
     assert inside(constrained["hidden"])
 
 
-def test_a_learning_rate_from_numpy_changes_no_dtype_and_no_feasibility():
-    # google-deepmind/optax#1405: a bfloat16 NumPy scalar promotes updates to float32.
-    params = hidden(jnp.bfloat16)
+def test_hyperparameters_of_numpy_or_injected_keep_dtypes_and_precision():
+    # google-deepmind/optax#1405: a bfloat16 NumPy scalar promotes updates to float32. #1414:
+    # inject_hyperparams casts to the dtype of the parameters, where 0.3 would be 0.30078.
     rate = np.array(0.1, ml_dtypes.bfloat16)
-    tx = optax.chain(optax.sgd(rate), l1inf.keep_params_in_l1inf_ball(0.3))
-    params, _ = stepped(tx, params, steps=1)
-    assert params["hidden"]["kernel"].dtype == jnp.bfloat16
-    assert inside(params["hidden"], 0.3)
-
-
-def test_an_injected_radius_keeps_the_precision_that_is_asked_for():
-    # google-deepmind/optax#1414: inject_hyperparams casts to the dtype of the parameters.
-    params = hidden(jnp.bfloat16)
     inject = optax.inject_hyperparams(l1inf.keep_params_in_l1inf_ball, hyperparam_dtype=jnp.float32)
-    params, _ = stepped(inject(c=0.3), params, steps=1)
+    tx = optax.chain(optax.sgd(rate), inject(c=0.3))
+    params, _ = stepped(tx, hidden(jnp.bfloat16), steps=1)
+    assert params["hidden"]["kernel"].dtype == jnp.bfloat16
     assert inside(params["hidden"], float(np.float32(0.3)))
 
 
-def test_nothing_is_promoted_to_64_bits(x64):
+@pytest.mark.parametrize("make", [chained, adam])
+def test_nothing_is_promoted_to_64_bits(x64, make):
     # google/flax#924, google-deepmind/optax#1051: Adam and Prodigy promoted float32 to float64.
-    params, state = stepped(chained(1.0), hidden(), steps=1)
-    assert inside(params["hidden"])
-    assert all(x.dtype != jnp.float64 for x in jax.tree.leaves((params, state)))
+    results = jax.eval_shape(functools.partial(stepped, make(1.0)), hidden())
+    assert all(x.dtype != jnp.float64 for x in jax.tree.leaves(results))
 
 
 @pytest.mark.xfail(strict=True, reason="float64 is asked of JAX for the thresholds, which warns")
@@ -421,7 +411,7 @@ def test_float64_arrays_of_numpy_are_taken_without_a_warning():
 
 def test_a_copy_in_fewer_bits_is_projected_once_more():
     # NVIDIA/apex#1728: float32 master weights and a bfloat16 copy of them.
-    master, _ = stepped(chained(0.3), hidden())
+    master = l1inf.project_params(hidden(), 0.3)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), master)
     projected = l1inf.project_params(half, 0.3)
     assert inside(projected["hidden"], 0.3)
@@ -551,18 +541,21 @@ def test_a_state_survives_what_users_keep_it_in(make, keep):
 # --- transformations of JAX -----------------------------------------------------------------------
 
 
-def test_state_and_parameters_can_be_donated_together():
-    # google-deepmind/optax#1059: a fresh state that shares a buffer with the parameters.
-    start = l1inf.project_params(hidden(), 1.0)
+def test_a_fresh_state_is_like_every_later_one():
+    # google-deepmind/optax#1059: state and parameters shared a buffer, and could not be donated.
+    # #1175 and #1207: the first update changed the types of the state, and the second compiled.
+    start = {"kernel": jax.lax.full((4, 3), 2.0), "bias": jax.lax.full((3,), 2.0)}
+    params = l1inf.project_params({"hidden": start}, 1.0)
     tx = chained(1.0)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params, state):
         return stepped(tx, params, state, steps=1)
 
-    params, state = step(start, tx.init(start))
+    params, state = step(params, tx.init(params))
     params, _ = step(params, state)
     assert inside(params["hidden"])
+    assert step._cache_size() == 1
 
 
 def test_another_radius_compiles_nothing():
@@ -577,39 +570,19 @@ def test_another_radius_compiles_nothing():
     assert hash(chained(1.0)) is not None
 
 
-def test_weakly_typed_parameters_can_be_scanned():
-    # google-deepmind/optax#1175 and #1207: states whose types change with the first update.
-    params = {"kernel": jax.lax.full((4, 3), 2.0), "bias": jax.lax.full((3,), 2.0)}
-    assert params["bias"].weak_type
-    tx = chained(1.0)
-
-    def step(carry, _):
-        return stepped(tx, *carry, steps=1), None
-
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=2)
-    assert inside(params)
-
-
 def test_a_step_can_run_where_nothing_is_promoted_and_nan_are_errors():
-    # google/flax#1534 (ranks), jax-ml/jax#5698 (false alarms of jax_debug_nans).
-    params = hidden()
-    params["hidden"] = jax.tree.map(lambda x: x.at[..., 0].set(0), params["hidden"])
-    with jax.numpy_rank_promotion("raise"), jax.debug_nans(True), jax.debug_infs(True):
-        params, _ = jax.jit(functools.partial(stepped, adam(1.0), steps=1))(params)
-    assert inside(params["hidden"])
-
-
-def test_float32_needs_no_promotion_of_dtypes():
-    # jax-ml/jax#7368: jax_numpy_dtype_promotion="strict".
-    params = hidden()
-    with jax.numpy_dtype_promotion("strict"):
+    # google/flax#1534 (ranks), jax-ml/jax#7368 (dtypes), jax-ml/jax#5698 (false alarms of
+    # jax_debug_nans): strict modes of JAX, with a unit that is all zeros.
+    params = jax.tree.map(lambda x: x.at[..., 0].set(0), hidden())
+    strict = jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict")
+    with strict[0], strict[1], jax.debug_nans(True), jax.debug_infs(True):
         params, _ = jax.jit(functools.partial(stepped, chained(1.0), steps=1))(params)
     assert inside(params["hidden"])
 
 
 @pytest.mark.xfail(strict=True, reason="result types with float32 are asked for, as if promoted")
 def test_bfloat16_needs_no_promotion_of_dtypes():
-    # The same thread.
+    # jax-ml/jax#7368.
     with jax.numpy_dtype_promotion("strict"):
         projected = l1inf.projection_l1inf_ball(jnp.ones((3, 2), jnp.bfloat16), 1.0)
     assert (norms(projected) <= 1).all()
@@ -646,7 +619,7 @@ def test_devices_that_average_gradients_take_the_same_step():
     assert inside(params["hidden"])
 
 
-def test_the_learning_rate_has_a_gradient_through_constrained_steps():
+def test_the_learning_rate_has_a_gradient_through_a_constrained_step():
     # google-deepmind/optax#882 and #247: learning a hyperparameter through the update, with remat.
     start = hidden()["hidden"]
     target = normal(4, 3, key=2)
@@ -654,15 +627,11 @@ def test_the_learning_rate_has_a_gradient_through_constrained_steps():
     def loss(params):
         return jnp.sum((params["kernel"] - target) ** 2) + jnp.sum(params["bias"] ** 2)
 
-    @jax.jit
+    @jax.checkpoint
     def after(rate):
         tx = optax.chain(optax.sgd(rate), l1inf.keep_params_in_l1inf_ball(1.0))
-
-        def step(params, _):
-            updates, _ = tx.update(jax.grad(loss)(params), tx.init(params), params)
-            return optax.apply_updates(params, updates), None
-
-        return loss(jax.lax.scan(jax.checkpoint(step), start, length=2)[0])
+        updates, _ = tx.update(jax.grad(loss)(start), tx.init(start), start)
+        return loss(optax.apply_updates(start, updates))
 
     slope = (after(0.051) - after(0.049)) / 0.002
     np.testing.assert_allclose(jax.jit(jax.grad(after))(0.05), slope, rtol=0.02)
@@ -696,9 +665,9 @@ def test_what_no_layer_owns_is_listed_as_free(params, unseen):
 @pytest.mark.xfail(strict=True, reason="diagnose looks for normalised outputs, not weights")
 def test_a_weight_that_is_normalised_before_it_is_used_is_a_finding():
     # patrick-kidger/equinox#624, pytorch/pytorch#7313: weight normalisation undoes the ball.
-    layer = eqx.nn.WeightNorm(eqx.nn.Linear(4, 3, key=jax.random.key(0)), "weight")
-    params = l1inf.project_params(eqx.filter(layer, eqx.is_inexact_array), 0.5)
-    assert l1inf.diagnose(chained(0.5), params, 0.5).findings
+    params = filled(lambda: eqx.nn.WeightNorm(eqx.nn.Linear(4, 3, key=jax.random.key(0)), "weight"))
+    params = jax.tree.map(lambda x: jnp.full_like(x, 0.125), params)  # norms of 5/8
+    assert l1inf.diagnose(chained(0.625), params, 0.625).findings
 
 
 def test_a_bias_that_is_frozen_outside_is_found_with_all_parameters():
