@@ -1,5 +1,26 @@
+import ctypes
+import gc
+
+import hypothesis
 import jax
+import psutil
 import pytest
+
+# The same examples every time, however slow the machine: the fuzzers look for new ones.
+hypothesis.settings.register_profile(
+    "never by chance",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("never by chance")
+
+
+def pytest_make_parametrize_id(val, argname):
+    """Ids are the same in every process, or pytest-xdist runs nothing."""
+    if isinstance(val, bytes):
+        raise ValueError(f"{argname} is {val!r:.40}, and bytes may hold the time: name it by ids=")
+    return f"{val:.6g}" if isinstance(val, float) else None  # the last digits are the machine's
 
 
 @pytest.fixture
@@ -8,3 +29,29 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+ROOM = 500_000_000  # bytes
+GIVE_BACK = getattr(ctypes.CDLL(None), "malloc_trim", int)  # glibc keeps what is freed otherwise
+
+
+def resident():
+    """The bytes that this process holds."""
+    return psutil.Process().memory_info().rss
+
+
+@pytest.fixture(scope="session")
+def held():
+    """The bytes that were left the last time that programs were dropped."""
+    return [resident()]
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped(held):
+    """Drops what tests have compiled whenever it takes half a gigabyte: all of it takes six."""
+    yield
+    if resident() > held[0] + ROOM:
+        jax.clear_caches()
+        gc.collect()
+        GIVE_BACK(0)
+        held[0] = resident()

@@ -1,12 +1,10 @@
 """Processes with as many virtual CPU devices as a test asks for."""
 
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from tests import children
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -15,12 +13,12 @@ def environment(devices: int) -> dict[str, str]:
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(children.ROOT),
         "PYTHONWARNINGS": "error::DeprecationWarning",
     }
 
 
 def run(program: str, devices: int, *arguments: Any) -> None:
     """Run a program, as text, to its good end."""
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    subprocess.run(command, env=environment(devices), check=True)
+    done = children.run([sys.executable, "-c", program, *arguments], env=environment(devices))
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,27 +1,28 @@
 """Processes of `jax.distributed` train what one process trains, started as Slurm starts them.
 
-Each runs ``python -m tests.test_hosts DIR [COMMAND...]``.
+Each runs ``python -m tests.test_hosts ARGUMENTS...``: an experiment, or what is trained here into a
+folder.
 """
 
 import json
 import os
 import shutil
 import socket
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import ExitStack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import l1inf_optax as l1inf
 from l1inf_optax._training import train
 from l1inf_optax.experiments.__main__ import main
-from tests import devices
+from tests import children, devices
 from tests.experiments.test_mnist import COMMON, blobs
 from tests.test_training import LANES, OPTIONS, SHARED, TASK
 
@@ -72,61 +73,60 @@ def of_lanes():
     return [*jax.tree.leaves(params), np.array([progress.loss for progress in history])]
 
 
+@pytest.fixture(scope="module")
+def one_process():
+    return jax.tree.leaves(trained()), of_lanes()
+
+
 def start(processes, devices_each, *arguments):
     """Processes that find each other by Slurm's variables, to their good end."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    job = {
-        "SLURM_JOB_ID": "1",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": str(processes),
-        "JAX_COORDINATOR_PORT": str(port),
-    }
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.test_hosts", *map(str, arguments)],
-            env={
-                **devices.environment(devices_each),
-                **job,
-                "SLURM_PROCID": str(i),
-                "SLURM_LOCALID": str(i),
-            },
-            cwd=devices.ROOT,
-        )
-        for i in range(processes)
-    ]
-    try:
-        assert [process.wait(300) for process in running] == [0] * processes
-    finally:
-        for process in running:
-            process.kill()
+    command = [sys.executable, "-m", "tests.test_hosts", *arguments]
+    with socket.socket() as reserved, ExitStack() as stack:
+        # Nobody else gets the port before the first process, which shares it, listens there.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("localhost", 0))
+        job = {
+            **devices.environment(devices_each),
+            "SLURM_JOB_ID": "1",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": str(processes),
+            "JAX_COORDINATOR_PORT": str(reserved.getsockname()[1]),
+        }
+        running = [
+            stack.enter_context(
+                children.started(
+                    command, env={**job, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+                )
+            )
+            for i in range(processes)
+        ]
+        assert [process.wait() for process in running] == [0] * processes
 
 
-def assert_trained_alike(folder, processes):
-    first, *others = (np.load(folder / f"{i}.npz") for i in range(processes))
+@pytest.mark.parametrize(("processes", "devices_each"), [(4, 1), (2, 2)])
+def test_processes_train_what_one_trains(one_process, processes, devices_each, tmp_path):
+    start(processes, devices_each, tmp_path)
+    first, *others = (np.load(tmp_path / f"{i}.npz") for i in range(processes))
     for other in others:
         for name in first.files:
             np.testing.assert_array_equal(other[name], first[name])
-    of_network, lanes = jax.tree.leaves(trained()), of_lanes()
+    of_network, lanes = one_process
     for name, leaf in zip(first.files, of_network + lanes, strict=True):
         np.testing.assert_allclose(first[name], leaf, rtol=1e-5, atol=1e-6)
     for name, leaf in zip(first.files[len(of_network) :], lanes, strict=True):
         np.testing.assert_array_equal(first[name], leaf)  # one device computes a lane
 
 
-def test_four_processes_train_what_one_trains(tmp_path):
-    start(4, 1, tmp_path)
-    assert_trained_alike(tmp_path, 4)
-
-
 def test_an_experiment_runs_on_two_hosts_and_goes_on_there(tmp_path):
     rng, names = np.random.default_rng(0), ("x_train", "y_train", "x_test", "y_test")
     digits = dict(zip(names, blobs(60, rng) + blobs(20, rng), strict=True))
     np.savez(tmp_path / "blobs.npz", **digits)
-    command = [*COMMON, "--data", str(tmp_path / "blobs.npz"), "--epochs", "30", "--trials", "1"]
-    start(2, 2, tmp_path, *command)
-    assert_trained_alike(tmp_path, 2)
+    command = [*COMMON, "--data", str(tmp_path / "blobs.npz"), "--epochs", "17", "--trials", "1"]
+    checkpoints = tmp_path / "checkpoints"
+    on_hosts = ["--distributed", "auto", *command, "--checkpoint", checkpoints, "--out"]
+    start(2, 2, *on_hosts, tmp_path / "first")
+    shutil.rmtree(max(checkpoints.iterdir(), key=lambda path: int(path.name)))
+    start(2, 2, *on_hosts, tmp_path / "second")
     assert main([*command, "--out", str(tmp_path / "alone")]) == 0
     alone, *on_two = (
         json.loads((tmp_path / out / "results.json").read_text())["rows"]
@@ -137,18 +137,12 @@ def test_an_experiment_runs_on_two_hosts_and_goes_on_there(tmp_path):
 
 
 if __name__ == "__main__":
-    folder, command = Path(sys.argv[1]), sys.argv[2:]
-    if command:
-        command += ["--checkpoint", str(folder / "checkpoints"), "--out"]
-        assert main(["--distributed", "auto", *command, str(folder / "first")]) == 0
-        if jax.process_index() == 0:
-            last = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
-            shutil.rmtree(last)
-        multihost_utils.sync_global_devices("the last checkpoint is gone")
-        assert main([*command, str(folder / "second")]) == 0
+    folder, *options = sys.argv[1:]
+    if options:
+        assert main(sys.argv[1:]) == 0
     else:
         jax.distributed.initialize()
+        leaves = [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(trained())]
+        np.savez(f"{folder}/{jax.process_index()}.npz", *leaves, *map(np.asarray, of_lanes()))
     assert jax.process_count() == int(os.environ["SLURM_NTASKS"])
-    leaves = [np.asarray(x.addressable_data(0)) for x in jax.tree.leaves(trained())]
-    np.savez(folder / f"{jax.process_index()}.npz", *leaves, *map(np.asarray, of_lanes()))
     multihost_utils.sync_global_devices("done")

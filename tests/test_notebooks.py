@@ -10,15 +10,17 @@ asked for here.
 import os
 import re
 import resource
+from tempfile import TemporaryDirectory
 
 import matplotlib.font_manager  # noqa: F401, makes its cache: in a notebook it would say so
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from traitlets.config import Config
 
-from tests import devices
+from tests import children
 
-FOLDER = devices.ROOT / "notebooks"
+FOLDER = children.ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 EVERY = pytest.mark.parametrize("name", NAMES)
 # Flax 0.12.0 looks for two names as it is imported that are deprecated on JAX 0.8.0.
@@ -52,10 +54,18 @@ def test_there_are_the_seven():
 @EVERY
 def test_it_runs_without_warnings_in_time(name):
     notebook, before = read(name), processor_time()
-    environment = {**os.environ, "PYTHONPATH": str(devices.ROOT), "PYTHONWARNINGS": SHOWN}
+    environment = {**os.environ, "PYTHONPATH": str(children.ROOT), "PYTHONWARNINGS": SHOWN}
     resources = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
-    client.execute(env=environment)
+    with TemporaryDirectory() as sockets:  # files, as a port may be taken before a kernel has it
+        client = NotebookClient(
+            notebook,
+            kernel_name="python3",
+            resources=resources,
+            config=Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"}),
+            timeout=children.PATIENCE,  # for a cell
+            iopub_timeout=children.PATIENCE,  # what it shows would be lost after that
+        )
+        client.execute(env=environment)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert any("image/png" in output.get("data", {}) for output in outputs)

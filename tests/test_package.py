@@ -1,18 +1,14 @@
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import l1inf_optax as l1inf
-
-ROOT = Path(__file__).parent.parent
+from tests import children
 
 
 def python(code):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    done = children.run([sys.executable, "-c", code])
+    assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
@@ -43,7 +39,7 @@ def test_every_public_name_is_there():
 
 
 def test_the_readme_has_the_two_commands():
-    text = (ROOT / "README.md").read_text()
+    text = (children.ROOT / "README.md").read_text()
     for command in (
         'python -m pip install -e ".[experiments]" && python -m l1inf_optax.experiments mnist',
         'python -m pip install -e ".[test]" && python -m pytest',

@@ -149,7 +149,7 @@ def test_random_columns_are_projected_exactly(seed, method):
 floats32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     column=st.lists(floats32, min_size=6, max_size=6),
     c=st.floats(min_value=2.0**-116, max_value=2.0**126, width=32),
@@ -163,7 +163,7 @@ def test_every_finite_column_is_projected_exactly(column, c, share):
         check_projection(x, c, l1inf.projection_l1inf_ball(x, c, method=method))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     column=st.lists(
         st.floats(width=16, allow_nan=False, allow_infinity=False), min_size=6, max_size=6

@@ -1,20 +1,25 @@
-"""Sharded parameters: the tests of `on_eight_devices`, in a process that has them."""
+"""Sharded parameters: the tests of `on_eight_devices`, in processes that have them."""
 
-import subprocess
 import sys
-from pathlib import Path
 
-from tests import devices
+import pytest
+
+from tests import children, devices
+
+# Parts, so that none takes long where cores are few and busy; together they are all.
+PARTS = {
+    "momentum": "update_is and momentum",
+    "adam": "update_is and adam",
+    "a transformer": "transformer",
+    "split columns": "split_columns",
+}
+PARTS["others"] = " and ".join(f"not ({part})" for part in PARTS.values())
 
 
-def test_eight_devices_update_like_one():
-    tests = Path(__file__).with_name("on_eight_devices.py")
-    command = [sys.executable, "-m", "pytest", "-n0", "-q", "-p", "no:cacheprovider", str(tests)]
-    done = subprocess.run(
-        command,
-        cwd=devices.ROOT,
-        env=devices.environment(8),
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize("part", PARTS)
+def test_eight_devices_compute_what_one_computes(part):
+    tests = children.ROOT / "tests" / "on_eight_devices.py"
+    options = ["-n0", "-q", "-p", "no:cacheprovider", "-k", PARTS[part]]
+    command = [sys.executable, "-m", "pytest", *options, tests]
+    done = children.run(command, env=devices.environment(8))
     assert done.returncode == 0, done.stdout + done.stderr

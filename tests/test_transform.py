@@ -109,7 +109,7 @@ def test_an_exact_zero_of_the_projection_is_one_of_the_parameters(dtype, updates
     np.testing.assert_allclose(after, target, atol=2 * eps * 0.4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.lists(
         st.tuples(*[st.floats(width=32, min_value=-(2.0**60), max_value=2.0**60)] * 2),

@@ -5,10 +5,10 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -22,7 +22,10 @@ import l1inf_optax as l1inf
 from l1inf_optax.experiments.checkpoints import open_checkpoints
 from l1inf_optax.experiments.options import OptionError
 from l1inf_optax.experiments.training import Lane, Progress, Snapshot, Task, train
-from tests import devices
+from tests import children, devices
+
+# Orbax forgets the other reads when one fails. They complain when they end: in some later test.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 RUN = {"name": "test", "c": [0.5, float("inf")]}
 D = 6
@@ -104,8 +107,6 @@ def damage_by_a_bit(path):
     path.write_bytes(content)
 
 
-# Orbax forgets the other reads when one fails, and they complain when they end.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", [damage_by_truncation, damage_by_a_bit])
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_used(
     uninterrupted, tmp_path, damage
@@ -173,7 +174,6 @@ class Alarm:
         return exec, ("raise SystemExit('a pickle was loaded')",)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_pickle_in_a_checkpoint_is_never_loaded(tmp_path):
     with open_checkpoints(tmp_path, RUN, asynchronous=False) as (_, keep):
         keep(Snapshot([np.ones(2)], [Progress(1, np.ones(2), np.ones(2))]))
@@ -215,7 +215,7 @@ def test_a_snapshot_of_other_lanes_is_an_error():
 
 
 def process(folder, out, n=1):
-    """The run, in a process of its own."""
+    """The run, in a process of its own, as a context."""
     program = (
         "import sys, pathlib, jax, numpy as np\n"
         "from tests.experiments.test_checkpoints import run_with\n"
@@ -223,11 +223,8 @@ def process(folder, out, n=1):
         "leaves = jax.tree.leaves((got.params, got.history))\n"
         "np.savez(sys.argv[2], *map(np.asarray, leaves))\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", program, folder, out],
-        env=devices.environment(n),
-        cwd=devices.ROOT,
-    )
+    command = [sys.executable, "-c", program, folder, out]
+    return children.started(command, env=devices.environment(n))
 
 
 def assert_saved(out, expected, **tolerance):
@@ -240,7 +237,8 @@ def assert_saved(out, expected, **tolerance):
 
 def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
     stop_after(tmp_path / "checkpoints", 3)
-    assert process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2).wait() == 0
+    with process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2) as running:
+        assert running.wait() == 0
     # For several devices XLA simplifies otherwise what reads the metric off Adam: its last bits
     # differ, and so those of the projection. With SGD, or another metric, none would.
     assert_saved(tmp_path / "out.npz", uninterrupted, rtol=1e-5, atol=1e-6)
@@ -259,14 +257,15 @@ def kill_and_compare(uninterrupted, folder, kills):
     killed = 0
     while True:
         before = listing(checkpoints)
-        running = process(checkpoints, out)
-        while killed < kills and running.poll() is None:
-            time.sleep(0.01)
-            if listing(checkpoints) != before:
-                time.sleep(rng.uniform(0, 0.3))
-                running.send_signal(signal.SIGKILL)
-                killed += running.wait() == -signal.SIGKILL
-        if running.wait() == -signal.SIGKILL:
+        with process(checkpoints, out) as running:
+            while killed < kills and running.poll() is None:
+                time.sleep(0.01)
+                if listing(checkpoints) != before:
+                    time.sleep(rng.uniform(0, 0.3))
+                    running.send_signal(signal.SIGKILL)
+                    killed += running.wait() == -signal.SIGKILL
+            running.wait()
+        if running.returncode == -signal.SIGKILL:
             continue
         assert running.returncode == 0
         assert_saved(out, uninterrupted)
@@ -275,6 +274,23 @@ def kill_and_compare(uninterrupted, folder, kills):
         shutil.rmtree(checkpoints)
 
 
+@contextmanager
+def on_interrupt(action):
+    """What SIGINT does. A shell starts what it runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, action)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def interruptible():
+    with on_interrupt(signal.default_int_handler):
+        yield
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_the_checkpoint_that_is_written(tmp_path, monkeypatch):
     def interrupted(manager, *args, **kwargs):
         signal.raise_signal(signal.SIGINT)
@@ -287,6 +303,7 @@ def test_an_interrupt_waits_for_the_checkpoint_that_is_written(tmp_path, monkeyp
             run_with(tmp_path)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_while_a_checkpoint_is_read_does_not_condemn_it(tmp_path, monkeypatch):
     def interrupted(manager, *args, **kwargs):
         signal.raise_signal(signal.SIGINT)
@@ -302,13 +319,27 @@ def test_an_interrupt_while_a_checkpoint_is_read_does_not_condemn_it(tmp_path, m
         assert resume.history[-1].step == 10
 
 
+def test_an_interrupt_that_is_ignored_stays_ignored(uninterrupted, tmp_path, monkeypatch):
+    def ignored(manager, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+        return save(manager, *args, **kwargs)
+
+    save = ocp.CheckpointManager.save
+    monkeypatch.setattr(ocp.CheckpointManager, "save", ignored)
+    with on_interrupt(signal.SIG_IGN):
+        assert_same(run_with(tmp_path), uninterrupted)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
 def command(folder, last):
     """``python -m l1inf_optax.experiments mnist --checkpoint``, with a small run for MNIST's.
 
-    It does not come further than to step ``last``, which it does not keep.
+    It does not come further than to step ``last``, which it does not keep. An interrupt ends it,
+    though the tests may run where interrupts are ignored.
     """
     program = (
-        "import pathlib, runpy, sys, time\n"
+        "import pathlib, runpy, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from l1inf_optax.experiments import mnist\n"
         "from tests.experiments.test_checkpoints import run_with\n"
         "last = int(sys.argv.pop())\n"
@@ -318,11 +349,10 @@ def command(folder, last):
         "sys.argv[1:1] = ['mnist', '--checkpoint']\n"
         "runpy.run_module('l1inf_optax.experiments', run_name='__main__')\n"
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", program, folder, str(last)],
+    return children.started(
+        [sys.executable, "-c", program, folder, last],
         env=devices.environment(1),
-        cwd=devices.ROOT,
-        stderr=subprocess.PIPE,
+        stderr=children.PIPE,
         text=True,
     )
 
@@ -330,12 +360,13 @@ def command(folder, last):
 def test_an_interrupted_command_says_where_it_goes_on(uninterrupted, tmp_path):
     rng, steps = random.Random(0), [0]
     for number, last in ((signal.SIGINT, 15), (signal.SIGTERM, 30)):
-        before, running = listing(tmp_path), command(tmp_path, last)
-        while listing(tmp_path) == before and running.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        running.send_signal(number)
-        said = running.communicate()[1]
+        before = listing(tmp_path)
+        with command(tmp_path, last) as running:
+            while listing(tmp_path) == before and running.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            running.send_signal(number)
+            said = running.communicate()[1]
         assert running.returncode == 130, said
         steps.append(max(map(int, listing(tmp_path))))  # nothing is left that was not finished
         assert said.endswith(f"interrupted; the same command goes on from step {steps[-1]}\n")

@@ -277,7 +277,15 @@ def test_a_bad_python_batch_is_refused(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"x,y\n1,2\n", gzip.compress(b"no tar")])
+NO_ARCHIVES = {
+    "empty": b"",
+    "the start of a zip archive": b"PK\x03\x04",
+    "a table": b"x,y\n1,2\n",
+    "compressed, but no tar archive": gzip.compress(b"no tar"),
+}
+
+
+@pytest.mark.parametrize("content", NO_ARCHIVES.values(), ids=NO_ARCHIVES)
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     refuse(write(tmp_path, {"images": content}) / "images", "neither a tar archive nor an .npz")
 
@@ -291,7 +299,11 @@ def test_a_link_to_nothing_is_no_batch(tmp_path):
 
 
 @pytest.mark.parametrize("size", [2**40, -512])
-@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE])
+@pytest.mark.parametrize(
+    "kind",
+    [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.REGTYPE],
+    ids=["extended header", "long name", "file"],
+)
 def test_a_tar_header_that_lies_is_refused_before_memory_is_taken(tmp_path, kind, size):
     member = tarfile.TarInfo(f"{NAME}.bin")
     member.type, member.size = kind, size

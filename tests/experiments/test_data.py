@@ -202,7 +202,11 @@ def test_a_bad_npz_file_is_refused(tmp_path, case):
     refuse(write_npz(tmp_path / "mnist.npz", **changes), complaint)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"x,y\n1,2\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x93NUMPY", b"PK\x03\x04", b"x,y\n1,2\n"],
+    ids=["empty", "an npy file's start", "a zip archive's start", "a table"],
+)
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     refuse(write(tmp_path, {"mnist.npz": content}) / "mnist.npz", "is not an .npz file")
 

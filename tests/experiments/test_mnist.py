@@ -3,7 +3,6 @@
 import json
 import shutil
 import struct
-import subprocess
 import sys
 
 import matplotlib.image
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from l1inf_optax.experiments.__main__ import main
+from tests import children
 
 MEASURES = {
     "train_error",
@@ -213,7 +213,7 @@ def test_a_missing_package_ends_in_one_line_that_names_the_extra(package, tmp_pa
         "from l1inf_optax.experiments.__main__ import main\n"
         f"main(['mnist', '--out', {str(tmp_path)!r}])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = children.run([sys.executable, "-c", program])
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert package in done.stderr
@@ -221,8 +221,8 @@ def test_a_missing_package_ends_in_one_line_that_names_the_extra(package, tmp_pa
 
 
 def test_help_lists_the_experiments():
-    command = [sys.executable, "-m", "l1inf_optax.experiments", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = children.run([sys.executable, "-m", "l1inf_optax.experiments", "--help"])
+    assert done.returncode == 0
     assert "mnist" in done.stdout
     assert done.stderr == ""
 

@@ -7,7 +7,7 @@ import pytest
 from l1inf_optax.experiments import recipes
 from l1inf_optax.linen import AugmentedMLP
 
-PARAMS = AugmentedMLP((4, 3, 2)).init(jax.random.key(0), np.zeros((1, 5)))
+PARAMS = jax.jit(AugmentedMLP((4, 3, 2)).init)(jax.random.key(0), np.zeros((1, 5)))
 
 
 def test_columns_start_on_the_boundary_and_keep_the_ratios_of_their_weights():
