@@ -30,6 +30,7 @@ from l1inf_optax._projection.arguments import (
     check_radius,
     normalise_axes,
 )
+from l1inf_optax._projection.floats import wide_dtype
 
 Radius = Any  # a number, an array, or an optax schedule
 Radii = Radius | Mapping[str, Radius | None]
@@ -163,7 +164,7 @@ class Layer(NamedTuple):
         columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
         return jnp.zeros(
             self.columns_shape,
-            jnp.result_type(jnp.float32, *(leaves[i].dtype for i in self.leaves)),
+            wide_dtype(*(leaves[i].dtype for i in self.leaves)),
             device=_sharding_along(leaves[self.kernels[0]], columns),
         )
 

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from l1inf_optax import _layers, _metric
 from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection.arguments import Arrays, Axes, check_method
-from l1inf_optax._projection.floats import Pair, round_to
+from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
 
@@ -405,7 +405,7 @@ def _stepped(p: jax.Array, u: jax.Array) -> jax.Array:
     rounds twice, or keep a 16-bit sum in 32. Clipping u to finite numbers stops the one, saying how
     to round stops the other.
     """
-    dtype = jnp.result_type(p, u, jnp.float32)
+    dtype = wide_dtype(p.dtype, u.dtype)
     info = jnp.finfo(dtype)
     exact = round_to(u.astype(dtype), u.dtype)
     finite = p.astype(dtype) + jnp.clip(exact, info.min, info.max)
@@ -429,7 +429,7 @@ def _landing_update(p: jax.Array, u: jax.Array, w: jax.Array, inside: jax.Array)
     and zero is where the parameter goes: p - p is exact. A column ``inside`` keeps its update u.
     """
     dtype = jnp.result_type(p, u)
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide = wide_dtype(dtype)
     # As if w were positive: products with a sign, and with eps, are exact, however they are fused.
     sign = jnp.copysign(jnp.ones((), wide), w.astype(wide))
     p_, w_ = p.astype(wide) * sign, jnp.abs(w.astype(wide))
@@ -439,7 +439,7 @@ def _landing_update(p: jax.Array, u: jax.Array, w: jax.Array, inside: jax.Array)
         return (x >= 0) & (x <= w_)
 
     nearest = round_to(w_ - p_, dtype)
-    shorter = round_to(nearest - jnp.abs(nearest) * jnp.finfo(dtype).eps, dtype)
+    shorter = round_to(nearest - jnp.abs(nearest) * float(jnp.finfo(dtype).eps), dtype)
     step = jnp.where(lands(shorter), shorter, -p_)
     step = jnp.where(lands(nearest) | jnp.isnan(w), nearest, step) * sign
     return jnp.where(inside, round_to(u.astype(wide), u.dtype), step).astype(dtype)

@@ -580,7 +580,6 @@ def test_a_step_can_run_where_nothing_is_promoted_and_nan_are_errors():
     assert inside(params["hidden"])
 
 
-@pytest.mark.xfail(strict=True, reason="result types with float32 are asked for, as if promoted")
 def test_bfloat16_needs_no_promotion_of_dtypes():
     # jax-ml/jax#7368.
     with jax.numpy_dtype_promotion("strict"):

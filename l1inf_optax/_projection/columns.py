@@ -22,6 +22,7 @@ from l1inf_optax._projection.floats import (
     scale_of,
     scaled,
     terms_rounded_down,
+    wide_dtype,
 )
 from l1inf_optax._projection.sums import largest
 from l1inf_optax._projection.xla_cpu import not_fused
@@ -154,7 +155,7 @@ def threshold_leaving_c(
 
 def slopes_of(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
     """The reciprocals of a metric's weights, those of a column from 2^-60 to 1."""
-    dtype = jnp.result_type(jnp.float32, *parts)
+    dtype = wide_dtype(*(part.dtype for part in parts))
     info = jnp.finfo(dtype)
     d = tuple(weights.astype(dtype) for weights in metric)
     least = -largest(tuple(-x for x in d), axes, initial=-float(info.max))
@@ -176,7 +177,7 @@ def columns_of(
 
 
 def _on_a_scale(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, rows: Rows) -> Columns:
-    dtype = jnp.result_type(jnp.float32, *parts)
+    dtype = wide_dtype(*(part.dtype for part in parts))
     info = jnp.finfo(dtype)
     head, *rest = [*terms_rounded_down(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
     radius = jnp.clip(head, 0, info.max)  # a NaN stays one

@@ -10,6 +10,7 @@ import numpy as np
 
 from l1inf_optax._projection.arguments import Arrays, Axes
 from l1inf_optax._projection.batch import Kind, Layer, solve
+from l1inf_optax._projection.floats import wide_dtype
 from l1inf_optax._projection.shrink import Projected
 
 
@@ -53,7 +54,7 @@ def _tangents(
     entry would do at a fixed threshold, ``dtheta = (sum_S e - dc) / sum_S g`` and
     ``d|w| = e - g dtheta``.
     """
-    dtype = jnp.result_type(jnp.float32, *parts)
+    dtype = wide_dtype(*(part.dtype for part in parts))
     results, _, inside, _ = solution
     support = tuple(w != 0 for w in results)
     signs = tuple(jnp.sign(v).astype(dtype) for v in parts)

@@ -11,8 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 Pair = tuple[jax.Array, jax.Array]
+
+
+def wide_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """What floats of these dtypes are computed in: float64 if one of them is, else float32.
+
+    Said outright, so that it needs no promotion: under strict promotion there is none of 16 bits.
+    """
+    is_double = any(jnp.finfo(dtype).bits == 64 for dtype in dtypes)
+    return jax.dtypes.canonicalize_dtype(jnp.float64 if is_double else jnp.float32)
 
 
 # --- unevaluated sums of two floats ---------------------------------------------------------------
@@ -90,7 +100,7 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
     Not by a cast there and back, which compilers remove as an excess of precision.
     """
-    if jnp.promote_types(x.dtype, dtype) == dtype:
+    if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
         return x
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)
@@ -99,7 +109,7 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     # Below its normal numbers float16 is a fixed-point format, which reduce_precision leaves out.
     quantum = float(info.smallest_subnormal)
     fixed = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
-    return jnp.where(jnp.abs(x) < info.tiny, fixed, rounded)
+    return jnp.where(jnp.abs(x) < float(info.tiny), fixed, rounded)
 
 
 def round_down(x: jax.Array, dtype: jnp.dtype) -> jax.Array:

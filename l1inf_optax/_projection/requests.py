@@ -18,6 +18,7 @@ from l1inf_optax._projection.arguments import (
 from l1inf_optax._projection.batch import Kind, Layer
 from l1inf_optax._projection.columns import slopes_of
 from l1inf_optax._projection.derivative import project
+from l1inf_optax._projection.floats import wide_dtype
 from l1inf_optax._projection.shrink import Projected
 
 
@@ -123,7 +124,7 @@ def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tup
     parts = jax.eval_shape(make, *operands)
     for part in parts:
         check_floating(part.dtype, "the array")
-    dtype = jnp.result_type(jnp.float32, *(part.dtype for part in parts))
+    dtype = wide_dtype(*(part.dtype for part in parts))
     columns = tuple(n for i, n in enumerate(parts[0].shape) if i not in axes)
     terms = radius_terms(c, dtype, columns)
     guess = jnp.zeros((), dtype) if start is None else start.astype(dtype)

@@ -174,6 +174,8 @@ def newtons_gain(
 ) -> jax.Array:
     """How far Newton's step goes: excess over slope, aimed a little right of the root.
 
+    Where nothing survives there is no slope, and no step.
+
     Args:
         measured: The norm at the threshold tried.
         verdict: What it says.
@@ -195,7 +197,8 @@ def newtons_gain(
         above + (tolerances.slack + verdict.blur) / 2,
     )
     far = below > _FAR * tolerances.c
-    return jnp.where(far, below * (1 - 4 * tolerances.eps), close) / slope  # a quotient rounds, too
+    goal = jnp.where(far, below * (1 - 4 * tolerances.eps), close)  # a quotient rounds, too
+    return jnp.where(slope > 0, goal, 0) / jnp.where(slope > 0, slope, 1)
 
 
 def exponential_gain(measured: Measured, c: jax.Array) -> jax.Array:
@@ -203,7 +206,9 @@ def exponential_gain(measured: Measured, c: jax.Array) -> jax.Array:
 
     Newton's step falls short of that from the left, and far short of it from the right.
     """
-    return measured.norm / measured.slope * jnp.log(measured.norm / c)
+    survives = measured.slope > 0
+    norm, slope = (jnp.where(survives, x, 1) for x in (measured.norm, measured.slope))
+    return jnp.where(survives, norm / slope * jnp.log(norm / c), 0)
 
 
 def left_bound(
@@ -213,7 +218,7 @@ def left_bound(
     _, excess, doubt, slope = measured
     trial = state.trial[0]
     least = jnp.maximum(excess - doubt - verdict.storage_rounding - tolerances.slack, 0)
-    left = trial + least / slope
+    left = trial + least / jnp.where(slope > 0, slope, 1)
     left = left - jnp.abs(left) * (4 * tolerances.eps)
     before = jnp.where(trial > state.left, state.left, floor)
     return jnp.where(verdict.feasible | ~(left > before), before, left)
@@ -255,10 +260,11 @@ def search(
         # In the end steps double, until one is sure to be long enough.
         doubling = jnp.exp2(jnp.maximum(passes - tolerances.newton_passes, 0).astype(gain.dtype))
         newton = moved(state.trial, jnp.where(measured.norm < jnp.inf, gain, 0) * doubling)
+        newton = choose(measured.slope > 0, newton, (floor, zero))
 
         is_far = (jnp.abs(measured.excess) > tolerances.c / 4) & ~state.known.crossed
-        halfway = (gain + exponential_gain(measured, tolerances.c)) / 2
-        following = larger(moved(state.trial, jnp.where(is_far, halfway, jnp.nan)), newton)
+        halfway = moved(state.trial, (gain + exponential_gain(measured, tolerances.c)) / 2)
+        following = choose(is_far & (measured.slope > 0), larger(halfway, newton), newton)
 
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.

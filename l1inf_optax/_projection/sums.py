@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from l1inf_optax._projection.arguments import Arrays, Axes
-from l1inf_optax._projection.floats import Pair, exponent_of, moved, power_of_two
+from l1inf_optax._projection.floats import Pair, exponent_of, moved, power_of_two, wide_dtype
 from l1inf_optax._projection.xla_cpu import cut, in_stages
 from l1inf_optax._sharding import Rows, columns_where_they_are, explicit_mesh
 
@@ -174,7 +174,7 @@ def column_norms(x: jax.Array, axes: Axes) -> jax.Array:
     """L1 norms of the columns, within a unit in the last place of the exact sum."""
 
     def norms(x: jax.Array, _: Rows) -> jax.Array:
-        a = jnp.abs(x.astype(jnp.result_type(x, jnp.float32)))
+        a = jnp.abs(x.astype(wide_dtype(x.dtype)))
         visible_true = jnp.asarray(True)  # compute it twice if you will: nobody waits for a norm
         total, error = doubled_column_sums(
             lambda: fold(lambda x: (x, jnp.zeros_like(x)), (a,), axes, add_doubled),
