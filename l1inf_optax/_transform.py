@@ -7,7 +7,7 @@ to it on the side of zero: no column grows, and an exact zero of w is one of the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax import _layers, _metric
+from l1inf_optax import _layers, _metric, _trial
 from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection import (
     Arrays,
@@ -140,6 +140,7 @@ def constrain(
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
     hold_zeros_from: int | None = None,
+    neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every column in the L1 ball, by projections in the metric the optimizer steps in.
 
@@ -200,6 +201,7 @@ def constrain(
     """
     if not callable(metric) and metric not in ("auto", "euclidean"):
         raise ValueError(f"metric={metric!r} is unknown: use 'auto', 'euclidean' or a function")
+    _check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
     ball = keep_params_in_l1inf_ball(c, layers=layers)
 
@@ -213,7 +215,7 @@ def constrain(
             )
         if metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
-            _metric.check(inner, state, params, [layer.kernel for layer, _ in chosen])
+            _trial.check(inner, state, params, [layer for layer, _ in chosen], neutral)
         return ConstrainState(state, ball.init(params))
 
     def update_fn(
@@ -225,7 +227,7 @@ def constrain(
         slopes = None
         if callable(metric):
             slopes = jax.tree.map(lambda d: 1 / d, metric(inner_state, params))
-        elif metric == "auto" and not _metric.is_euclidean(inner_state):
+        elif metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
             slopes = _metric.slopes(
                 inner,
@@ -235,7 +237,7 @@ def constrain(
                 steps,
                 params,
                 extra,
-                across_leaves=any(layer.bias is not None for layer, _ in chosen),
+                [layer for layer, _ in chosen],
             )
         steps, ball_state = _into_ball(
             project_all, c, layers, hold_zeros_from, steps, state.ball, params, slopes
@@ -243,6 +245,16 @@ def constrain(
         return steps, ConstrainState(inner_state, ball_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return
+    what = f"optimizer={optimizer!r} is no optimizer"
+    if callable(optimizer):
+        name = getattr(optimizer, "__name__", "optimizer")
+        what = f"optimizer={name} is a function that makes one: call it, as in {name}(1e-3)"
+    raise ValueError(f"{what}. Say constrain(optax.adam(1e-3), c), the optimizer first")
 
 
 def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
