@@ -153,7 +153,8 @@ def slopes(
     def step(grads: Any, first: Any, second: Any) -> tuple[Any, Any]:
         return optimizer.update(grads, _with_moments(before, first, second), nowhere, **extra)
 
-    nothing = jax.tree.map(lambda g: jnp.full_like(g, _NEXT_TO_NOTHING), grads)
+    # It makes parameters grow: whoever keeps them positive lets it pass.
+    nothing = jax.tree.map(lambda g: jnp.full_like(g, -_NEXT_TO_NOTHING), grads)
     first = _moments(before, "first")
     none = jax.tree.map(jnp.zeros_like, first)
     uneven = has_leaf_factors(lambda g: step(g, none, _moments(before, "second"))[0], grads, layers)
@@ -163,7 +164,7 @@ def slopes(
     moved = _moved(lambda g: step(g, none, held)[0], nothing, after)
     if any(name == "ScaleBySM3State" for name, _ in parts(before)):
         return jax.tree.map(
-            lambda u, g, x: jnp.where(g == 0, x / _NEXT_TO_NOTHING, u / g),
+            lambda u, g, x: jnp.where(g == 0, -x / _NEXT_TO_NOTHING, u / g),
             step(grads, none, held)[0],
             grads,
             moved,
@@ -186,7 +187,7 @@ def _moved(step: Callable[[Any], Any], nothing: Any, state: Any) -> Any:
     # Noise hides so small a step, but not how the step changes with the gradient.
     ones = jax.tree.map(jnp.ones_like, nothing)
     changes = jax.jvp(step, (nothing,), (ones,))[1]
-    return jax.tree.map(lambda x: x * _NEXT_TO_NOTHING, changes)
+    return jax.tree.map(lambda x: x * -_NEXT_TO_NOTHING, changes)
 
 
 def _largest_finite(x: jax.Array) -> jax.Array:
@@ -336,6 +337,16 @@ def _moments(state: Any, kind: str) -> list[Any]:
 def _with_moments(state: Any, first: Sequence[Any], second: Sequence[Any]) -> Any:
     """The state with other moments."""
     return _replaced(state, {"first": iter(first), "second": iter(second)})
+
+
+def varied(state: Any) -> Any:
+    """The state without first moments, its second ones unevenly smaller."""
+
+    def smaller(x: jax.Array) -> jax.Array:
+        return x * jnp.linspace(0.1, 1, x.size, dtype=x.dtype).reshape(x.shape)
+
+    none = jax.tree.map(jnp.zeros_like, _moments(state, "first"))
+    return _with_moments(state, none, jax.tree.map(smaller, _moments(state, "second")))
 
 
 def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:

@@ -8,12 +8,13 @@ the arithmetic alone shows that, as with Adam and SGD, nothing is tried.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from l1inf_optax import _layers, _metric
 from l1inf_optax._layers import Layer
@@ -176,13 +177,13 @@ def _kernels_and_biases(layers: Sequence[Layer]) -> list[int]:
 
 
 def _arguments(grads: Any, params: Any) -> dict[str, Any]:
-    """What line searches and their like are given besides: a loss with these gradients."""
+    """What line searches and their like are given besides: a loss, 1 here, with these gradients."""
 
     def value_fn(at: Any) -> jax.Array:
-        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(at), strict=True)
-        return 1 + sum(jnp.sum((g * x).real) for g, x in pairs)
+        leaves = zip(*map(jax.tree.leaves, (grads, at, params)), strict=True)
+        return 1 + sum(jnp.sum((g * (x - p)).real) for g, x, p in leaves)
 
-    return {"value": value_fn(params), "grad": grads, "value_fn": value_fn}
+    return {"value": jnp.ones([]), "grad": grads, "value_fn": value_fn}
 
 
 def _reached(jaxpr: Any, sources: Sequence[int]) -> list[bool]:
@@ -216,11 +217,12 @@ def _is_plain(jaxpr: Any) -> bool:
     return True
 
 
-# Sizes of the gradient in a trial. Large ones bring out limits, which matter where leaves have
+# Sizes of the gradient in a trial. Larger ones bring out limits, which matter where leaves have
 # factors of their own: these are read from how long the updates are.
-_SIZE, _LARGE, _ABOVE_NOISE = 1e-3, 1e3, 1e8
-_TINY = 1e-8  # the parameters, so that weight decay adds next to nothing to the gradient
-_FIRST_STEPS, _MOST_STEPS = 4, 10_000  # MultiSteps, a warm-up: some wait with their first update
+_SIZE, _LARGER, _ABOVE_NOISE = 1e-3, (0.1, 10.0, 1e3), 1e8
+_SMALLER = 1e-5  # the parameters, so that weight decay adds next to nothing to the gradient
+_FIRST_STEPS, _MOST_STEPS = 200, 10_000  # MultiSteps, a warm-up: some wait with their first update
+_LONGER = 10.0  # by so much is the gradient of the last step
 _SAME = 1e-2
 
 
@@ -245,55 +247,88 @@ def _positive(x: Any) -> jax.Array:
 
 
 def _fits_on(like: Any, optimizer: Any, layers: Sequence[Layer]) -> bool:
-    state = optimizer.init(like)
-
-    def update(grads: Any) -> Any:
-        return optimizer.update(grads, state, like, **_arguments(grads, like))[0]
-
+    tried = jax.jit(lambda g, s, p, at: optimizer.update(g, s, p, **_arguments(*at)))
+    state, at = optimizer.init(like), (like, like)
     sizes: tuple[float, ...] = (_SIZE,)
     if any(name == "AddNoiseState" for name, _ in _metric.parts(state)):
         sizes = (_ABOVE_NOISE,)
-    elif _metric.has_leaf_factors(update, like, layers):
-        sizes = (_SIZE, _LARGE)
-    return all(_fits_at(size, like, optimizer, layers) for size in sizes)
+    elif _metric.has_leaf_factors(lambda g: tried(g, state, like, at)[0], like, layers):
+        sizes = (_SIZE, *_LARGER)
+    return all(_fits_at(size, like, optimizer.init, tried, layers) for size in sizes)
 
 
-def _fits_at(size: float, like: Any, optimizer: Any, layers: Sequence[Layer]) -> bool:
-    params = jax.tree.map(lambda x: x * jnp.asarray(_TINY, x.dtype), like)
-    # Negative, so that parameters grow: whoever keeps them positive has nothing to do.
-    grads = jax.tree.map(lambda x: jnp.flip(x) * jnp.asarray(-size, x.dtype), like)
-    extra = _arguments(grads, params)
+class _Step(NamedTuple):
+    """A step of a trial."""
 
-    def step(before: Any) -> tuple[Any, Any, Any]:
-        return before, *optimizer.update(grads, before, params, **extra)
+    before: Any
+    updates: Any
+    after: Any
 
-    def moves(taken: tuple[Any, Any, Any]) -> jax.Array:
-        return jnp.stack([jnp.any(x != 0) for x in _chosen(taken[1], layers)]).all()
 
-    taken = step(optimizer.init(params))
-    for _ in range(_FIRST_STEPS - 1):
-        taken = step(taken[2])
-    if isinstance(moves(taken), jax.core.Tracer):  # the learning rate, say, is being traced
-        return True
-    if not moves(taken):
-        _, taken = jax.lax.while_loop(
-            lambda carry: (carry[0] < _MOST_STEPS) & ~moves(carry[1]),
-            lambda carry: (carry[0] + 1, step(carry[1][2])),
-            (0, taken),
+def _fits_at(size: float, like: Any, init: Any, tried: Any, layers: Sequence[Layer]) -> bool:
+    params = jax.tree.map(lambda x: x * jnp.asarray(size * _SMALLER, x.dtype), like)
+
+    def given(scale: ArrayLike) -> Any:
+        return jax.tree.map(lambda x: _gradient(size, x) * jnp.asarray(scale, x.dtype), like)
+
+    def step(state: Any, scale: ArrayLike) -> _Step:
+        grads = given(scale)
+        return _Step(state, *tried(grads, state, params, (grads, params)))
+
+    def fits(taken: _Step, scale: float) -> bool:
+        grads = given(scale)
+        again = optax.GradientTransformationExtraArgs(
+            init, lambda g, s, p: tried(g, s, p, (grads, params))
         )
-    before, updates, after = taken
-    slopes = _metric.slopes(optimizer, before, after, grads, updates, params, extra, layers)
-    if slopes is None:
-        slopes = jax.tree.map(jnp.ones_like, grads)
-    predicted = jax.tree.map(jnp.multiply, slopes, grads)
-    arrays = [_chosen(x, layers) for x in (updates, predicted, params)]
-    factors = dict(zip(_kernels_and_biases(layers), map(_factor, *arrays), strict=True))
-    return all(
-        abs(factors[i] / factors[layer.kernel] - 1) < _SAME
-        for layer in layers
-        for i in (layer.kernel, layer.bias)
-        if i is not None
-    )
+        slopes = _metric.slopes(
+            again, taken.before, taken.after, grads, taken.updates, params, {}, layers
+        )
+        predicted = grads if slopes is None else jax.tree.map(jnp.multiply, slopes, grads)
+        arrays = [_chosen(x, layers) for x in (taken.updates, predicted, params)]
+        factors = dict(zip(_kernels_and_biases(layers), map(_factor, *arrays), strict=True))
+        return all(
+            abs(factors[i] / factors[layer.kernel] - 1) < _SAME
+            for layer in layers
+            for i in (layer.kernel, layer.bias)
+            if i is not None
+        )
+
+    taken = _late(step, init(params), layers)
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(taken)):
+        return True  # the learning rate, say, is being traced: nothing can be told now
+    # As long as all of Adam's updates are alike, a limit on them does not show. Make them differ.
+    taken = _Step(taken.before, *step(taken.before, 1.0)[1:])
+    longer = step(_metric.varied(taken.before), _LONGER)
+    return fits(taken, 1.0) and fits(longer, _LONGER)
+
+
+def _gradient(size: float, like: jax.Array) -> jax.Array:
+    """Of other sizes in kernels than in biases, as are their norms.
+
+    It is negative, so that parameters grow: whoever keeps them positive has nothing to do.
+    """
+    return jnp.flip(like) * jnp.asarray(-size * 3.0**like.ndim, like.dtype)
+
+
+def _late(step: Any, state: Any, layers: Sequence[Layer]) -> _Step:
+    """A step after many, at which every constrained layer moves.
+
+    The gradient grows and shrinks, so that its variance is not zero, but does not turn.
+    """
+
+    def moves(taken: _Step) -> jax.Array:
+        return jnp.stack([jnp.any(x != 0) for x in _chosen(taken.updates, layers)]).all()
+
+    taken = step(state, 1.0)
+    for n in range(_FIRST_STEPS):
+        taken = step(taken.after, 0.5 + n % 2)
+    if isinstance(moves(taken), jax.core.Tracer) or moves(taken):
+        return taken
+    return jax.lax.while_loop(
+        lambda carry: (carry[0] < _MOST_STEPS) & ~moves(carry[1]),
+        lambda carry: (carry[0] + 1, step(carry[1].after, 0.5 + carry[0] % 2)),
+        (0, taken),
+    )[1]
 
 
 def _factor(*arrays: Any) -> float:
