@@ -112,8 +112,7 @@ _SAMPLE = 4096  # entries of a leaf that tell its factor
 def is_euclidean(state: Any) -> bool:
     """Whether an optimizer with this state steps along the gradient within a leaf."""
     return all(
-        not MOMENTS.get(name, _Moments()).second and name not in _UNEVEN
-        for name, _ in parts(state)
+        not MOMENTS.get(name, _Moments()).second and name not in _UNEVEN for name, _ in parts(state)
     )
 
 
@@ -227,7 +226,10 @@ def _reductions(jaxpr: Any, given: Sequence[_Uses], names: Iterator[int]) -> lis
         if inner:  # what comes before the arguments says which branch is taken
             n = len(inner[0].invars)
             branches = [_reductions(x, inputs[len(inputs) - n :], names) for x in inner]
-            results = [frozenset().union(*inputs[: len(inputs) - n], *x) for x in zip(*branches, strict=True)]
+            results = [
+                frozenset().union(*inputs[: len(inputs) - n], *x)
+                for x in zip(*branches, strict=True)
+            ]
         else:
             together = frozenset().union(*inputs)
             own = _reduces(equation)

@@ -160,10 +160,17 @@ def constrain(
     ``metric="auto"`` reads D off the optimizer and its state, with its bias corrections and its
     epsilon, leaf by leaf, through `optax.chain`, `named_chain`, `inject_hyperparams`, `masked`,
     `partition`, `MultiSteps`, `apply_if_finite`. It knows Adam, AdamW, NAdam, AMSGrad, AdaBelief,
-    RAdam, Yogi, LAMB, NovoGrad, Adamax, RMSProp (centred too), Adagrad, Adadelta, Adafactor and
-    SM3; SGD and momentum step along the gradient, and so do optimizers that rescale whole leaves,
-    such as LARS: the projection is Euclidean. An optimizer that it does not know is an error, and
-    so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon), which has no such metric.
+    RAdam, Yogi, LAMB, NovoGrad, Adamax, Adan, AdEMAMix, RMSProp (centred too), Adagrad, Adadelta,
+    Adafactor and SM3; SGD and momentum step along the gradient, and so do optimizers that rescale
+    whole leaves, such as LARS: within a leaf the projection is Euclidean. An optimizer that it does
+    not know is an error, and so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon),
+    which has no such metric.
+
+    Links without a state have no name to know them by. So ``init`` tries the optimizer on small
+    arrays: each entry has to move by its own gradient times its slope, within a layer up to one
+    factor. Links that mix entries or limit them (`centralize`, `adaptive_grad_clip`) are an error.
+    Where they change the gradient they belong in front:
+    ``optax.chain(optax.centralize(), constrain(optax.adam(1e-3), c))``.
 
     `apply_if_finite` and `MultiSteps` may as well go around the result. Then a schedule for ``c``
     counts the steps that are taken; inside, it counts those that are not, too.
@@ -176,13 +183,16 @@ def constrain(
             ratios within a column matter, from 2^-60 to 1 within a layer.
         layers: As in :func:`keep_params_in_l1inf_ball`.
         hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
+        neutral: Types of states that ``"auto"`` may pass over: those of links of your own that
+            scale whole updates, or only look on. What they do is tried all the same.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
 
     Raises:
-        ValueError: as :func:`keep_params_in_l1inf_ball`; ``metric`` is unknown; and, from ``init``,
-            ``"auto"`` finds no metric or the optimizer projects already.
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``optimizer`` is none, or the function
+            that makes it; ``metric`` is unknown; and, from ``init``, ``"auto"`` finds no metric or
+            the optimizer projects already.
 
     References:
         Melchior, Joseph and Moolekamp (2019), *Proximal Adam*. Yun, Lozano and Yang (2021),

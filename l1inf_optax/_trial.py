@@ -181,7 +181,7 @@ def _arguments(grads: Any, params: Any) -> dict[str, Any]:
 
     def value_fn(at: Any) -> jax.Array:
         leaves = zip(*map(jax.tree.leaves, (grads, at, params)), strict=True)
-        return 1 + sum(jnp.sum((g * (x - p)).real) for g, x, p in leaves)
+        return sum((jnp.sum((g * (x - p)).real) for g, x, p in leaves), start=jnp.ones([]))
 
     return {"value": jnp.ones([]), "grad": grads, "value_fn": value_fn}
 
@@ -219,7 +219,7 @@ def _is_plain(jaxpr: Any) -> bool:
 
 # Sizes of the gradient in a trial. Larger ones bring out limits, which matter where leaves have
 # factors of their own: these are read from how long the updates are.
-_SIZE, _LARGER, _ABOVE_NOISE = 1e-3, (0.1, 10.0, 1e3), 1e8
+_SIZE, _LARGER, _ABOVE_NOISE = 1e-4, (0.1, 10.0, 1e3), 1e8
 _SMALLER = 1e-5  # the parameters, so that weight decay adds next to nothing to the gradient
 _FIRST_STEPS, _MOST_STEPS = 200, 10_000  # MultiSteps, a warm-up: some wait with their first update
 _LONGER = 10.0  # by so much is the gradient of the last step

@@ -91,7 +91,10 @@ FORMULAS = {
         optax.adafactor(0.1, multiply_by_parameter_scale=False, clipping_threshold=None),
         lambda s, t: np.sqrt(s["v"]),
     ),
-    "adan": (optax.adan(0.1), lambda s, t: np.sqrt(corrected(s["n"], t, 0.99)) + 1e-8),
+    "adan": (
+        optax.adan(0.1),
+        lambda s, t: np.sqrt(corrected(s["n"], t, 0.99) + 1e-8) + 1e-8,
+    ),
     "ademamix": (
         optax.contrib.ademamix(0.1),
         lambda s, t: np.sqrt(corrected(s["nu"], t)) + 1e-8,
@@ -351,7 +354,9 @@ def test_leaves_that_a_link_scales_are_projected_by_their_factors():
         k: rates[k] * float(jnp.linalg.norm(params["layer"][k]) / jnp.linalg.norm(g))
         for k, g in grads["layer"].items()
     }
-    sgd = optax.partition({k: optax.sgd(r) for k, r in rates.items()}, {"layer": {k: k for k in rates}})
+    sgd = optax.partition(
+        {k: optax.sgd(r) for k, r in rates.items()}, {"layer": {k: k for k in rates}}
+    )
     after = train_once(
         l1inf.constrain(optax.chain(optax.scale_by_trust_ratio(), sgd), C), params, grads
     )
@@ -370,7 +375,11 @@ def test_positive_parameters_stay_positive_in_the_ball():
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
-        pytest.param(unheard_of(), "does not know Unheard.*metric=f.*neutral=.Unheard,.*all entries scaled alike", id="unheard_of"),
+        pytest.param(
+            unheard_of(),
+            "does not know Unheard.*metric=f.*neutral=.Unheard,.*all entries scaled alike",
+            id="unheard_of",
+        ),
         pytest.param(optax.sign_sgd(0.1), "sign-SGD", id="sign_sgd"),
         pytest.param(optax.chain(optax.clip(1.0), optax.sign_sgd(0.1)), "sign-SGD", id="clipped"),
     ],
