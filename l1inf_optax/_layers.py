@@ -237,6 +237,11 @@ def check_certain(layer: Layer) -> None:
 
 def check_radii(c: Radii) -> None:
     """Raises a ValueError if a radius that is known now is not a positive number."""
+    if hasattr(c, "init") and hasattr(c, "update"):
+        raise ValueError(
+            "c is an optimizer, not a radius: say constrain(optimizer, c) or, for SGD and "
+            "momentum, optax.chain(optimizer, keep_params_in_l1inf_ball(c))"
+        )
     for radius in c.values() if isinstance(c, Mapping) else (c,):
         if isinstance(radius, list | tuple):
             raise ValueError(

@@ -7,7 +7,7 @@ to it on the side of zero: no column grows, and an exact zero of w is one of the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax import _layers, _metric
+from l1inf_optax import _layers, _metric, _trial
 from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection import (
     Arrays,
@@ -140,6 +140,7 @@ def constrain(
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
     hold_zeros_from: int | None = None,
+    neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every column in the L1 ball, by projections in the metric the optimizer steps in.
 
@@ -159,10 +160,17 @@ def constrain(
     ``metric="auto"`` reads D off the optimizer and its state, with its bias corrections and its
     epsilon, leaf by leaf, through `optax.chain`, `named_chain`, `inject_hyperparams`, `masked`,
     `partition`, `MultiSteps`, `apply_if_finite`. It knows Adam, AdamW, NAdam, AMSGrad, AdaBelief,
-    RAdam, Yogi, LAMB, NovoGrad, Adamax, RMSProp (centred too), Adagrad, Adadelta, Adafactor and
-    SM3; SGD and momentum step along the gradient, and so do optimizers that rescale whole leaves,
-    such as LARS: the projection is Euclidean. An optimizer that it does not know is an error, and
-    so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon), which has no such metric.
+    RAdam, Yogi, LAMB, NovoGrad, Adamax, Adan, AdEMAMix, RMSProp (centred too), Adagrad, Adadelta,
+    Adafactor and SM3; SGD and momentum step along the gradient, and so do optimizers that rescale
+    whole leaves, such as LARS: within a leaf the projection is Euclidean. An optimizer that it does
+    not know is an error, and so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon),
+    which has no such metric.
+
+    Links without a state have no name to know them by. So ``init`` tries the optimizer on small
+    arrays: each entry has to move by its own gradient times its slope, within a layer up to one
+    factor. Links that mix entries or limit them (`centralize`, `adaptive_grad_clip`) are an error.
+    Where they change the gradient they belong in front:
+    ``optax.chain(optax.centralize(), constrain(optax.adam(1e-3), c))``.
 
     `apply_if_finite` and `MultiSteps` may as well go around the result. Then a schedule for ``c``
     counts the steps that are taken; inside, it counts those that are not, too.
@@ -175,13 +183,16 @@ def constrain(
             ratios within a column matter, from 2^-60 to 1 within a layer.
         layers: As in :func:`keep_params_in_l1inf_ball`.
         hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
+        neutral: Types of states that ``"auto"`` may pass over: those of links of your own that
+            scale whole updates, or only look on. What they do is tried all the same.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
 
     Raises:
-        ValueError: as :func:`keep_params_in_l1inf_ball`; ``metric`` is unknown; and, from ``init``,
-            ``"auto"`` finds no metric or the optimizer projects already.
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``optimizer`` is none, or the function
+            that makes it; ``metric`` is unknown; and, from ``init``, ``"auto"`` finds no metric or
+            the optimizer projects already.
 
     References:
         Melchior, Joseph and Moolekamp (2019), *Proximal Adam*. Yun, Lozano and Yang (2021),
@@ -200,6 +211,7 @@ def constrain(
     """
     if not callable(metric) and metric not in ("auto", "euclidean"):
         raise ValueError(f"metric={metric!r} is unknown: use 'auto', 'euclidean' or a function")
+    _check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
     ball = keep_params_in_l1inf_ball(c, layers=layers)
 
@@ -213,7 +225,7 @@ def constrain(
             )
         if metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
-            _metric.check(inner, state, params, [i for layer, _ in chosen for i in layer.kernels])
+            _trial.check(inner, state, params, [layer for layer, _ in chosen], neutral)
         return ConstrainState(state, ball.init(params))
 
     def update_fn(
@@ -225,7 +237,7 @@ def constrain(
         slopes = None
         if callable(metric):
             slopes = jax.tree.map(lambda d: 1 / d, metric(inner_state, params))
-        elif metric == "auto" and not _metric.is_euclidean(inner_state):
+        elif metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
             slopes = _metric.slopes(
                 inner,
@@ -235,7 +247,7 @@ def constrain(
                 steps,
                 params,
                 extra,
-                across_leaves=any(layer.bias is not None for layer, _ in chosen),
+                [layer for layer, _ in chosen],
             )
         steps, ball_state = _into_ball(
             project_all, c, layers, hold_zeros_from, steps, state.ball, params, slopes
@@ -243,6 +255,16 @@ def constrain(
         return steps, ConstrainState(inner_state, ball_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return
+    what = f"optimizer={optimizer!r} is no optimizer"
+    if callable(optimizer):
+        name = getattr(optimizer, "__name__", "optimizer")
+        what = f"optimizer={name} is a function that makes one: call it, as in {name}(1e-3)"
+    raise ValueError(f"{what}. Say constrain(optax.adam(1e-3), c), the optimizer first")
 
 
 def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:

@@ -228,6 +228,16 @@ class Block(nn.Module):
         return nn.Dense(16, name="readout")(x + nn.Dense(32, name="down")(nn.relu(hidden)))
 
 
+def test_adafactor_starts_on_an_explicit_mesh():
+    where = mesh("explicit")
+    with jax.set_mesh(where):
+        params = placed(tree(0), where, "both")
+        state = l1inf.constrain(optax.adafactor(1e-2), 1.0).init(params)
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(
+        optax.adafactor(1e-2).init(tree(0))
+    )
+
+
 def test_a_transformer_trains_under_fsdp():
     tokens = (np.arange(12) + np.arange(16)[:, None] * 5) % 16
     model, mesh = Block(), jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
