@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer, Layers
-from l1inf_optax._projection import check_radius
+from l1inf_optax._projection import brief, check_radius
 
 __all__ = [
     "Certificate",
@@ -647,7 +647,9 @@ def _read_norms(
 ) -> tuple[dict[str, tuple[float, float]], np.ndarray]:
     """Norm and radius of the hidden layers, and the norms of the output layer's columns."""
     if not isinstance(c, Mapping):
-        raise ValueError(f"c={c!r} does not say which layers are hidden: give c={{glob: {c!r}}}")
+        raise ValueError(
+            f"c={brief(c)} does not say which layers are hidden: give c={{glob: number}}"
+        )
     constrained = _layers.constrained_layers(params, c, layers) if c else []
     found = _layers.find_layers(params, layers)
     hidden = {layer.leaf_path for layer, _ in constrained}
@@ -669,10 +671,10 @@ def _read_norms(
     norms = {}
     for layer, radius in constrained:
         norm = float(_column_norms(layer, leaves).max())
-        if callable(radius) or not norm <= radius:
+        if callable(radius) or np.ndim(radius) or not norm <= radius:
             raise ValueError(
-                f"c gives {radius!r} for the layer {layer.path!r}, whose L1,inf norm is {norm:g}: "
-                "give the number it was trained with, in the end"
+                f"c gives {brief(radius)} for the layer {layer.path!r}, whose L1,inf norm is "
+                f"{norm:g}: give the number it was trained with, in the end"
             )
         norms[layer.path] = norm, float(radius)
     return norms, _column_norms(free[0], leaves)
