@@ -42,7 +42,7 @@ _ALIKE = 1e-5  # two radii, or the norms of columns projected to one, to roundin
 _FAR = tuple(10**k for k in range(10))  # steps at which schedules are looked at
 _VANISHED = 1e-30  # of the first radius: an exponential decay that is out of exponents
 _ENOUGH = 100  # updates after which zeros should show, if nobody says how many are planned
-_FEW_ZEROS = 0.01  # of the entries
+_FEW_ZEROS = 0.01  # of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,21 +349,25 @@ def _optimizer(state: Any, constrained: Constrained) -> Iterator[Finding]:
 
 def _another_c(told: Constrained, constrained: Constrained, step: int) -> Iterator[Finding]:
     """Radii that are not those of the transformation, at one step at least."""
+    differ = []
     for (layer, c), (_, own) in zip(told, constrained, strict=True):
         check_radius(1 if callable(c) else c, layer.columns_shape)
         for at in () if c is own else (step, *_FAR):
             given, has = (np.asarray(radius_at(x, at), np.float64) for x in (c, own))
             if not np.allclose(given, has, rtol=_ALIKE, atol=0):
-                yield Finding(
-                    "another c",
-                    "error",
-                    (layer.path,),
-                    f"tx keeps these columns at c = {_number(has)}, but the c given to diagnose is "
-                    f"{_number(given)}{f' at step {at}' if callable(c) or callable(own) else ''}: "
-                    "what follows holds for that of tx.",
-                    "Make tx and all that is told c from one variable.",
-                )
-                return
+                when = f" at step {at}" if callable(c) or callable(own) else ""
+                differ.append((layer.path, f"{_number(has)}{when}", _number(given)))
+                break
+    if differ:
+        _, has, given = differ[0]
+        yield Finding(
+            "another c",
+            "error",
+            tuple(path for path, *_ in differ),
+            f"tx keeps these columns at c = {has}, but the c given to diagnose is {given}: all "
+            "else that is said here holds for that of tx.",
+            "Make tx and all that is told c from one variable.",
+        )
 
 
 def _vanishing_c(constrained: Constrained, steps: int | None) -> Iterator[Finding]:
@@ -502,17 +506,18 @@ def _few_zeros(columns: list[_Columns], step: int, steps: int | None) -> Iterato
         on_boundary = x.norms >= x.c * (1 - x.rounding)
         if len(x.weights) < _SEVERAL or 2 * on_boundary.sum() <= on_boundary.size:
             continue
-        size, kept = x.bias.size + x.weights.size, int(x.entries.sum())
-        if kept <= (1 - _FEW_ZEROS) * size:
+        kept = int(np.count_nonzero(x.weights))
+        if kept <= (1 - _FEW_ZEROS) * x.weights.size:
             return
-        entries, nonzero, paths = entries + size, nonzero + kept, [*paths, x.layer.path]
+        entries, nonzero = entries + x.weights.size, nonzero + kept
+        paths.append(x.layer.path)
     if paths:
         yield Finding(
             "few zeros",
             "warning",
             tuple(paths),
             f"After {step} updates most columns are on the boundary, but only {entries - nonzero} "
-            f"of {entries} entries are exactly zero.",
+            f"of {entries} weights are exactly zero.",
             "Let the learning rate fall to zero, as noise lifts entries off zero faster than large "
             "steps put them back; or choose a smaller c, let it fall by a schedule and then hold "
             "the zeros with hold_zeros_from.",
