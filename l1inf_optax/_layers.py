@@ -330,7 +330,9 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:
-    return None if _is_empty(leaf) else jnp.shape(leaf)
+    """None if the leaf is no array, as the activation functions of a module."""
+    is_array = hasattr(leaf, "shape") or isinstance(leaf, bool | int | float | complex)
+    return jnp.shape(leaf) if is_array else None
 
 
 def _path(keys: tuple[Any, ...]) -> str:
@@ -378,9 +380,9 @@ def _as_told(leaves: list[tuple[str, Any]], layers: Any) -> Iterator[Layer]:
     index = {path: i for i, (path, _) in enumerate(leaves)}
     for path, numbers in _told(list(index), layers).items():
         leaf = leaves[index[path]][1]
-        if numbers is None or _is_empty(leaf):
+        shape = _shape(leaf)
+        if numbers is None or shape is None:
             continue
-        shape = jnp.shape(leaf)
         given = f"layers gives {path!r}, shape {shape}, "
         reduction = normalise_axes(numbers.reduction_axis, len(shape), f"{given}reduction_axis")
         output = normalise_axes(numbers.output_axis, len(shape), f"{given}output_axis")

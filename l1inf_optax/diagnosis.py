@@ -163,14 +163,14 @@ def diagnose(
         raise ValueError(f"steps={steps!r}: give the number of updates that are planned, or None")
     _layers.check_params(params)
     _layers.check_radii(c)
+    if grads is not None:  # which leave out what of a module is not trained
+        grads = _layers.unboxed(grads)
+        params = _layers.in_structure_of(grads, params)
     found = _layers.find_layers(params, layers)
     constrained = _layers.constrained_layers(params, c, layers)
-    own = _layers.trainable(params)
-    if grads is not None:
-        grads = _layers.unboxed(grads)
-        own = _layers.in_structure_of(grads, params)
-    kept = kept_by(tx, own)
-    state = tx.init(own) if state is None else optimizer_state(state)
+    trained = params if grads is not None else _layers.trainable(params)
+    kept = kept_by(tx, trained)
+    state = tx.init(trained) if state is None else optimizer_state(state)
     balls = ball_states(state)
     _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
@@ -201,8 +201,8 @@ def diagnose(
     ]
     if grads is not None:
         findings += _not_finite(_columns(grads, constrained, step), "gradients")
-        updates, _ = jax.jit(tx.update)(grads, state, own)
-        stepped = optax.apply_updates(own, updates)
+        updates, _ = jax.jit(tx.update)(grads, state, params)
+        stepped = optax.apply_updates(params, updates)
         findings += _step(
             columns, _columns(stepped, constrained, step), seen=not balls or _links_after(state) > 0
         )
