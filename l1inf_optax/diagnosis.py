@@ -359,13 +359,13 @@ def _another_c(told: Constrained, constrained: Constrained, step: int) -> Iterat
                 differ.append((layer.path, f"{_number(has)}{when}", _number(given)))
                 break
     if differ:
-        _, has, given = differ[0]
+        _, kept_at, told_as = differ[0]
         yield Finding(
             "another c",
             "error",
             tuple(path for path, *_ in differ),
-            f"tx keeps these columns at c = {has}, but the c given to diagnose is {given}: all "
-            "else that is said here holds for that of tx.",
+            f"tx keeps these columns at c = {kept_at}, but the c given to diagnose is {told_as}: "
+            "all else that is said here holds for that of tx.",
             "Make tx and all that is told c from one variable.",
         )
 
