@@ -659,7 +659,7 @@ def _read_norms(
             f"c={c!r} leaves {len(free)} layers free, {[layer.path for layer in free]}: leave "
             "free the output layer and no other"
         )
-    leaves, _ = _layers.flatten(params)
+    leaves, _ = _layers.flatten(_layers.trainable(params))  # keys and counters do not count
     known = {i for layer in found for i in (layer.kernel, layer.bias)}
     strangers = [i for i, leaf in enumerate(leaves) if i not in known and hasattr(leaf, "shape")]
     if strangers:

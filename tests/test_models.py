@@ -194,3 +194,31 @@ def test_every_public_function_takes_a_radius_of(name):
     ax = plotting.plot_newton([3.0, 1.0], c, plt.figure().subplots())
     assert ax.lines[-1].get_xydata().tolist() == [[0.0, 4.0], [1.0, 2.0]]
     plt.close("all")
+
+
+# --- the certificate ------------------------------------------------------------------------------
+
+
+class Chain(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(4, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return self.last(self.dropout(nnx.relu(self.first(x)), deterministic=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "apply", "hidden"),
+    [
+        (lambda: Chain(nnx.Rngs(0)), lambda model, x: model(x), "first"),
+        (equinox_mlp, lambda model, x: jax.vmap(model)(x), "layers/0"),
+    ],
+    ids=["NNX module with Dropout", "Equinox module"],
+)
+def test_a_module_is_certified_as_it_is(make, apply, hidden):
+    x = jnp.linspace(-1, 1, 12).reshape(4, 3)
+    model = l1inf.project_params(make(), {hidden: C})
+    found = bounds.certificate(model, x, jnp.zeros((4, 1)), apply=apply, c={hidden: C})
+    assert found.for_c.total > 0
