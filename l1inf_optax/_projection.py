@@ -56,6 +56,7 @@ _STEEP = 32
 # Radii for which nothing needs a scale of its own: no sum that decides anything can overflow, no
 # bit that decides anything can underflow, and what underflows is nothing beside c.
 _PLAIN_RADII = 2.0**-30, 2.0**60
+_SHOWN = 16  # numbers that a message shows
 
 
 class Request(NamedTuple):
@@ -292,7 +293,13 @@ def _as_they_are(*parts: jax.Array) -> Arrays:
 
 
 def _floating(x: ArrayLike, name: str = "x") -> jax.Array:
-    array = jnp.asarray(x)
+    try:
+        array = jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}, not an array: to project a pytree of parameters, say "
+            "l1inf.project_params(params, c)"
+        ) from None
     check_floating(array.dtype, name)
     return array
 
@@ -327,16 +334,39 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
 
 
-def check_radius(c: ArrayLike) -> None:
-    """Raises a ValueError if ``c`` is known now (not traced) and not a positive number."""
+def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None) -> None:
+    """Raises a ValueError if ``c`` is not positive or, where these are given, does not fit columns.
+
+    What is traced is not known yet, and passes for positive.
+    """
     try:
-        positive = bool(np.all(np.asarray(c) > 0))
-    except jax.errors.TracerArrayConversionError:
-        return
-    except TypeError:
-        positive = False
-    if not positive:
-        raise ValueError(f"c={c!r} is not positive: give the largest L1 norm a column may have")
+        radii = np.asarray(1 if isinstance(c, jax.core.Tracer) else c)
+    except (TypeError, ValueError):  # no array can be made of it
+        radii = np.asarray(None)
+    if not any(jnp.issubdtype(radii.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
+        raise ValueError(
+            f"c={brief(c)} is a {type(c).__name__}, not a number: give the largest L1 norm a "
+            "column may have"
+        )
+    if not np.all(radii > 0):
+        raise ValueError(
+            f"c={brief(c)} is not positive: give the largest L1 norm a column may have"
+        )
+    if columns is not None and jnp.shape(c) not in ((), columns):
+        raise ValueError(
+            f"c has shape {jnp.shape(c)}: give a scalar, or one value for each column, {columns}"
+        )
+
+
+def brief(x: Any) -> str:
+    """How a message shows a value: as Python does, but never a page of it."""
+    leaves = jax.tree.leaves(x)
+    if sum(getattr(leaf, "size", 1) for leaf in leaves) > _SHOWN:  # do not fetch them from a device
+        if leaves[0] is x:
+            return f"{x.dtype}[{','.join(map(str, x.shape))}]"
+        return f"<{type(x).__name__} with {len(leaves)} leaves>"
+    text = " ".join(repr(x).split())
+    return text if len(text) <= _SHOWN * 10 else f"{text[: _SHOWN * 10]}..."
 
 
 def _is_plain(c: ArrayLike) -> bool:
@@ -351,17 +381,13 @@ def _is_plain(c: ArrayLike) -> bool:
 
 def _constant(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> Arrays:
     """``c`` in terms that ``dtype`` can hold; a JAX array stays whole, for its tangent's sake."""
-    check_radius(c)
-    if jnp.shape(c) not in ((), columns):
-        raise ValueError(
-            f"c has shape {jnp.shape(c)}: give a scalar, or one value for each column, {columns}"
-        )
+    check_radius(c, columns)
     if not isinstance(c, jax.Array):
         return tuple(map(jnp.asarray, _terms(np.asarray(c, np.float64), dtype, np)))
-    if not jnp.issubdtype(c.dtype, jnp.floating):
-        nearest = c.astype(dtype)
-        c = jnp.where(nearest.astype(c.dtype) > c, jnp.nextafter(nearest, 0 * nearest), nearest)
-    return (c,)
+    if jnp.issubdtype(c.dtype, jnp.floating):  # a wider float is taken apart later
+        return (c if c.dtype.itemsize > dtype.itemsize else c.astype(dtype),)
+    nearest = c.astype(dtype)
+    return (jnp.where(nearest.astype(c.dtype) > c, jnp.nextafter(nearest, 0 * nearest), nearest),)
 
 
 def _terms(c: Any, dtype: jnp.dtype, xp: Any) -> list[Any]:

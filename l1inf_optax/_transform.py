@@ -8,21 +8,22 @@ to it on the side of zero: no column grows, and an exact zero of w is one of the
 
 import functools
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from l1inf_optax import _layers, _metric, _trial
-from l1inf_optax._layers import Layer, Layers, Radii, Radius
+from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
 from l1inf_optax._projection import (
     Arrays,
     Axes,
     Pair,
     Projected,
     Request,
+    brief,
     check_method,
     project_all,
     project_columns,
@@ -97,10 +98,10 @@ def keep_params_in_l1inf_ball(
         zero could be reached.
 
     Raises:
-        ValueError: ``c`` is not positive or ``method`` unknown; and, from ``init`` and ``update``,
-            a pattern matches nothing, there is no layer to constrain, the axes of one cannot be
-            told, its parameters are integers, ``params`` are missing, or ``state`` belongs to
-            something else.
+        ValueError: ``c`` is not positive, ``method`` unknown, or ``hold_zeros_from`` no whole
+            number or negative; and, from ``init`` and ``update``, a pattern matches nothing, there
+            is no layer to constrain, the axes of one cannot be told, its parameters are integers,
+            ``params`` are missing, or ``state`` belongs to something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -210,10 +211,12 @@ def constrain(
         Array(1., dtype=float32)
     """
     if not callable(metric) and metric not in ("auto", "euclidean"):
-        raise ValueError(f"metric={metric!r} is unknown: use 'auto', 'euclidean' or a function")
+        raise ValueError(
+            f"metric={brief(metric)} is unknown: use 'auto', 'euclidean' or a function"
+        )
     _check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
-    ball = keep_params_in_l1inf_ball(c, layers=layers)
+    ball = keep_params_in_l1inf_ball(c, layers=layers, hold_zeros_from=hold_zeros_from)
 
     def init_fn(params: Any) -> ConstrainState:
         state = inner.init(params)
@@ -271,7 +274,7 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     """Projects parameters once, for instance freshly initialised ones.
 
     Args:
-        params: Pytree of parameters, floating-point.
+        params: Pytree of parameters, floating-point, or a module that is one.
         c: As in :func:`keep_params_in_l1inf_ball`; a schedule is read at step 0.
         layers: As in :func:`keep_params_in_l1inf_ball`.
 
@@ -287,11 +290,14 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
         >>> l1inf.project_params(params, 2.5)["hidden"]["bias"].round(6)
         Array([-0.5], dtype=float32)
     """
+    _layers.check_params(params)
     _layers.check_radii(c)
     leaves, structure = _layers.flatten(params)
     for layer, radius in _layers.constrained_layers(params, c, layers):
         columns = layer.columns(leaves)
-        layer.put(project_columns(columns, _at(radius, 0), layer.reduction_axes).parts, leaves)
+        layer.put(
+            project_columns(columns, radius_at(radius, 0), layer.reduction_axes).parts, leaves
+        )
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -300,13 +306,15 @@ def _keep_params_in_ball(
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
+    _check_hold(hold_zeros_from)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
         leaves, _ = _layers.flatten(params)
-        thresholds = {
-            layer.leaf_path: layer.zeros(leaves)
-            for layer, _ in _layers.constrained_layers(params, c, layers)
-        }
+        chosen = _layers.constrained_layers(params, c, layers)
+        thresholds = {layer.leaf_path: layer.zeros(leaves) for layer, _ in chosen}
+        told = _told.get()
+        if told is not None:
+            told.append(Kept({layer.leaf_path: c for layer, c in chosen}, hold_zeros_from))
         return KeepParamsInL1InfBallState(jnp.zeros([], jnp.int32), thresholds)
 
     def update_fn(
@@ -345,6 +353,58 @@ def _check_thresholds(thresholds: dict[str, jax.Array], wanted: dict[str, tuple[
             )
 
 
+def _check_hold(hold_zeros_from: Any) -> None:
+    number = hold_zeros_from
+    whole = isinstance(number, int) or jnp.issubdtype(getattr(number, "dtype", bool), jnp.integer)
+    if number is not None and (isinstance(number, bool) or not whole or jnp.ndim(number)):
+        raise ValueError(
+            f"hold_zeros_from={brief(number)} is no whole number: give the number of updates after "
+            "which zeros stay, such as round(0.8 * steps), or None"
+        )
+    if number is not None and not isinstance(number, jax.core.Tracer) and number < 0:
+        raise ValueError(
+            f"hold_zeros_from={brief(number)} is negative: give the number of updates after which "
+            "zeros stay, or None"
+        )
+
+
+class Kept(NamedTuple):
+    """What one projection of a transformation was told to keep.
+
+    Attributes:
+        radii: For each constrained layer, under the path of its kernel, its radius.
+        hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
+    """
+
+    radii: dict[str, Radius]
+    hold_zeros_from: int | None
+
+
+# A transformation is two closures, and c is in them. Their `init` tells what it is, if it is asked.
+_told: ContextVar[list[Kept] | None] = ContextVar("told", default=None)
+
+
+def kept_by(tx: optax.GradientTransformation, params: Any) -> list[Kept]:
+    """What the projections in ``tx`` were told, as far as they do not read it from their state."""
+    told: list[Kept] = []
+    token = _told.set(told)
+    try:
+        jax.eval_shape(lambda params: tx.init(params), params)  # a function of its own: not cached
+    finally:
+        _told.reset(token)
+
+    def is_known(x: Any) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    return [
+        Kept(
+            {path: c for path, c in ball.radii.items() if is_known(c)},
+            ball.hold_zeros_from if is_known(ball.hold_zeros_from) else None,
+        )
+        for ball in told
+    ]
+
+
 def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:
     """What projections keep, wherever in an optimizer's state they are."""
 
@@ -352,6 +412,27 @@ def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:
         return isinstance(x, KeepParamsInL1InfBallState)
 
     return [x for x in jax.tree.leaves(state, is_leaf=is_ball) if is_ball(x)]
+
+
+def optimizer_state(state: Any) -> Any:
+    """An optimizer's state, also where an `nnx.Optimizer` or a `TrainState` holds it."""
+    holder = hasattr(state, "tx") and hasattr(state, "opt_state")
+    return _layers.unboxed(state.opt_state if holder else state)
+
+
+def last_step(state: Any) -> int:
+    """The step at which the last update has read a schedule for c; 0 before the first.
+
+    Raises:
+        ValueError: Nothing in ``state`` keeps parameters in a ball.
+    """
+    balls = ball_states(optimizer_state(state))
+    if not balls:
+        raise ValueError(
+            f"state, a {type(state).__name__}, holds no state of keep_params_in_l1inf_ball or "
+            "constrain: give the optimizer's state that belongs to params"
+        )
+    return max(int(balls[0].step) - 1, 0)
 
 
 def _into_ball(
@@ -387,7 +468,7 @@ def _into_ball(
     requests = [
         Request(
             operands=operands(layer),
-            c=_at(radius, state.step),
+            c=radius_at(radius, state.step),
             axes=layer.reduction_axes,
             start=state.thresholds[layer.leaf_path],
             slope=None
@@ -415,10 +496,6 @@ def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:
     moves = (top > 0) & (top < jnp.inf)
     scale, least = 1 / jnp.where(moves, top, 1), jnp.where(moves, 2.0**-60, 1)
     return tuple(jnp.clip(jnp.abs(s) * scale, least, 1) for s in slopes)
-
-
-def _at(radius: Radius, step: ArrayLike) -> ArrayLike:
-    return radius(step) if callable(radius) else radius
 
 
 def _all_stepped(ps: Arrays, us: Arrays) -> Arrays:
