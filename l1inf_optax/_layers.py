@@ -5,6 +5,7 @@ found by the names their libraries give them; anything else is said with dimensi
 """
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,8 +149,13 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         ValueError: No layer is found or constrained, a pattern matches none or comes too late to,
             a layer's axes are in doubt, or its parameters are no floating-point numbers.
     """
-    found = find_layers(params, layers)
     leaves, structure = flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"params={params!r} holds no arrays: give the parameters themselves, such as a Linen "
+            "module's init(key, x) returns"
+        )
+    found = find_layers(params, layers)
     if not found:
         if tree_util.treedef_is_leaf(structure) and not hasattr(leaves[0], "shape"):
             raise ValueError(
@@ -214,9 +220,11 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
         The layers, in the order of the tree's leaves.
 
     Raises:
-        ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
+        ValueError: A pattern matches no leaf, axes are out of range, a bias does not fit, or two
+            leaves have one path.
     """
     leaves = named_leaves(params)
+    _check_unique([path for path, _ in leaves])
     if layers is None:
         return list(_by_name(leaves))
     if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
@@ -231,6 +239,40 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Leaves with their paths, keys joined by ``/``, in the order of :func:`flatten`."""
     flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
     return [(_path(keys), leaf) for keys, leaf in flat]
+
+
+def _check_unique(paths: list[str]) -> None:
+    for path, again in itertools.pairwise(sorted(paths)):
+        if path == again:
+            raise ValueError(
+                f"params has two leaves with the path {path!r}, as keys may hold '/' themselves: "
+                "rename one of them, or no pattern could tell them apart"
+            )
+
+
+def nested(tree: Any, by_leaf: Mapping[int, Any]) -> dict[str, Any]:
+    """Nested dicts that hold a value under the keys of each of some leaves of ``tree``.
+
+    Args:
+        tree: Any pytree.
+        by_leaf: The values, by the index of their leaf in the order of :func:`flatten`.
+
+    Returns:
+        The dicts; a leaf without keys, the tree itself, has the key ``""``.
+    """
+    flat, _ = tree_util.tree_flatten_with_path(tree, is_leaf=_is_empty)
+    names = [path for path, _ in named_leaves(tree)]
+    result: dict[str, Any] = {}
+    for i, value in by_leaf.items():
+        keys = [tree_util.keystr((key,), simple=True) for key in flat[i][0]]
+        while "/".join(keys) != names[i]:
+            keys.pop()  # a box's own key, which is no part of the name
+        *parents, last = keys or [""]
+        inner = result
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return result
 
 
 def _shape(leaf: Any) -> tuple[int, ...] | None:

@@ -123,6 +123,8 @@ class _Rows:
         if layer is None:
             return self
         if AUGMENTED_KERNEL not in vars(layer):
+            if self.name not in vars(layer):
+                raise AttributeError(self.name)
             return vars(layer)[self.name]
         rows = self.read(layer, getattr(layer, AUGMENTED_KERNEL)[...])
         return None if rows is None else _View(rows)

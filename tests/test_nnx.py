@@ -154,7 +154,7 @@ USES = {
     "jnp functions": lambda w: (jnp.asarray(w), jnp.abs(w), jnp.sum(w), jnp.stack([w, w])),
     "arithmetic": lambda w: (w + 1, 2 - w, w * w, -w, w / 3, w**2, abs(w), divmod(w, 2)),
     "products": lambda w: (w @ jnp.ones(4), np.ones((2, 3)) @ w, jnp.ones((2, 3)) @ w, w.T @ w),
-    "comparisons": lambda w: (w == w, w > 0, w != 0),  # noqa: PLR0124
+    "comparisons": lambda w: (w == w, w > 0, w != 0),
     "indices": lambda w: (w[0], w[...], w[:, 1:], len(w), list(w)[1]),
     "a pytree": lambda w: (jax.tree.leaves(w), jax.jit(lambda w: w * 2)(w), optax.tree.norm(w)),
     "derivatives": lambda w: jnp.asarray(jax.grad(lambda w: jnp.sum(w * w))(w)),
@@ -208,7 +208,7 @@ def test_writing_to_kernel_or_bias_is_refused():
         nnx.update(layer, {"kernel": kernel})
 
     for write in (assign, add, set_item, set_attribute, set_value, update):
-        with pytest.raises((AttributeError, TypeError), match="write to the matrix, as in layer.a"):
+        with pytest.raises((AttributeError, TypeError), match="write to the matrix"):
             write(layer)
     np.testing.assert_array_equal(layer.augmented_kernel[...], before)
     assert param_shapes(layer).keys() == {NAME}
