@@ -97,7 +97,8 @@ def keep_params_in_l1inf_ball(
     Returns:
         A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less
         precise than their parameters are returned in the parameters' dtype, without which no exact
-        zero could be reached.
+        zero could be reached. Wrappers that choose between branches, such as
+        `optax.apply_if_finite`, want them cast before: ``optax.tree.cast_like(grads, params)``.
 
     Raises:
         ValueError: ``c`` is not positive or ``method`` unknown; and, from ``init`` and ``update``,
@@ -286,7 +287,8 @@ def _keep_params_in_ball(
         step = jnp.zeros([], jnp.int32)
         if isinstance(params, _PLACEHOLDER):
             # One leaf stands for all thresholds. A placeholder would make parameters of them.
-            return KeepParamsInL1InfBallState(step, jnp.zeros([]))
+            one_leaf: Any = jnp.zeros([])
+            return KeepParamsInL1InfBallState(step, one_leaf)
         leaves, _ = _layers.flatten(params)
         chosen = _layers.constrained_layers(params, c, layers)
         thresholds = {layer.kernel: layer.zeros(leaves) for layer, _ in chosen}

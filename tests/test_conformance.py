@@ -309,8 +309,8 @@ def test_gradients_narrower_than_parameters_are_cast_before_a_choice_of_branches
         with pytest.raises(TypeError, match=r"float32.*bfloat16"):
             types_of_update(tx, grads)
         assert types_of_update(tx, optax.tree.cast_like(grads, params)) == types(params)
-        cast = optax.stateless(lambda updates, params: optax.tree.cast_like(updates, params))
-        assert types_of_update(optax.chain(cast, tx), grads) == types(params)
+        chain = optax.chain(optax.stateless(optax.tree.cast_like), tx)
+        assert types_of_update(chain, grads) == types(params)
     # Nothing is chosen between in these: they take narrow gradients.
     for tx in (MAKERS[KEPT](), optax.MultiSteps(MAKERS[CONSTRAINED](), 2)):
         assert types_of_update(tx, grads) == types(params)
