@@ -248,7 +248,7 @@ def is_odd(params):
     return sum(jnp.sum(x) for x in jax.tree.leaves(params)) % 2 > 1
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", PAIR)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_updates_and_state_keep_their_dtypes_under_cond(name, dtype):
     params = start(dtype)
@@ -256,7 +256,7 @@ def test_updates_and_state_keep_their_dtypes_under_cond(name, dtype):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", PAIR)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_updates_and_state_keep_their_dtypes_under_cond_with_x64(name, dtype):
     params = start(dtype)
@@ -295,25 +295,28 @@ NARROW = {
 }
 
 
+def types_of_update(tx, grads, params):
+    return types(jax.eval_shape(tx.update, grads, tx.init(params), params)[0])
+
+
 @pytest.mark.parametrize("wrapper", NARROW)
 def test_gradients_narrower_than_parameters_are_cast_before_a_choice_of_branches(wrapper):
-    params = start()
-    grads = start(jnp.bfloat16)
-
-    def types_of_update(tx, grads):
-        return types(jax.eval_shape(tx.update, grads, tx.init(params), params)[0])
-
+    params, grads = start(), start(jnp.bfloat16)
+    tx = NARROW[wrapper](MAKERS[KEPT]())
     # Optax's own optimizers want it too: the branch that does nothing returns what came in.
-    for inner in (MAKERS[KEPT](), MAKERS[CONSTRAINED](), optax.adam(0.1)):
-        tx = NARROW[wrapper](inner)
+    for refuses in (tx, NARROW[wrapper](optax.adam(0.1))):
         with pytest.raises(TypeError, match=r"float32.*bfloat16"):
-            types_of_update(tx, grads)
-        assert types_of_update(tx, optax.tree.cast_like(grads, params)) == types(params)
-        chain = optax.chain(optax.stateless(optax.tree.cast_like), tx)
-        assert types_of_update(chain, grads) == types(params)
-    # Nothing is chosen between in these: they take narrow gradients.
-    for tx in (MAKERS[KEPT](), optax.MultiSteps(MAKERS[CONSTRAINED](), 2)):
-        assert types_of_update(tx, grads) == types(params)
+            types_of_update(refuses, grads, params)
+    assert types_of_update(tx, optax.tree.cast_like(grads, params), params) == types(params)
+    chain = optax.chain(optax.stateless(optax.tree.cast_like), tx)
+    assert types_of_update(chain, grads, params) == types(params)
+
+
+@pytest.mark.parametrize("name", PAIR)
+def test_where_nothing_is_chosen_between_gradients_may_be_narrow(name):
+    params, grads = start(), start(jnp.bfloat16)
+    tx = optax.MultiSteps(MAKERS[name](), 2)
+    assert types_of_update(tx, grads, params) == types(params)
 
 
 # --- optax.tree -----------------------------------------------------------------------------------
@@ -453,7 +456,8 @@ def test_trees_of_every_library_keep_their_structure_and_types(name, tree):
     assert_close(optax.tree.get(mapped, "thresholds"), thresholds)
     moment = "trace" if name == KEPT else "mu"
     assert all((x == 1).all() for x in jax.tree.leaves(optax.tree.get(mapped, moment)))
-    assert_stable(tx, params, params)
+    if name == CONSTRAINED:  # which does all that the other does
+        assert_stable(tx, params, params)
 
 
 def test_trees_of_every_library_are_feasible_after_a_step():
