@@ -6,6 +6,7 @@ else is said with dimension numbers.
 """
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -207,8 +208,8 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         ValueError: No layer is found or constrained, a pattern matches none or comes too late to,
             a layer's axes are in doubt, or its parameters are no floating-point numbers.
     """
-    found = find_layers(params, layers)
     leaves, _ = flatten(params)
+    found = find_layers(params, layers)
     if not found:
         check_params(params)
         raise ValueError(
@@ -241,7 +242,13 @@ def check_params(params: Any) -> None:
             f"params is a {type(params).__name__}, which holds an optimizer's state: give the "
             "parameters alone, such as nnx.state(model, nnx.Param)"
         )
-    if not any(hasattr(leaf, "shape") for leaf in tree_util.tree_leaves(params)):
+    leaves = tree_util.tree_leaves(params)
+    if not leaves:
+        raise ValueError(
+            f"params={brief(params)} holds no arrays: give the parameters themselves, such as a "
+            "Linen module's init(key, x) returns"
+        )
+    if not any(hasattr(leaf, "shape") for leaf in leaves):
         raise ValueError(
             f"params is a {type(params).__name__}, not a pytree of arrays: give the parameters "
             "themselves, such as a Linen module's init(key, x) returns, and c after them"
@@ -318,9 +325,11 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
         The layers, in the order of the tree's leaves.
 
     Raises:
-        ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
+        ValueError: A pattern matches no leaf, axes are out of range, a bias does not fit, or two
+            leaves have one path.
     """
     leaves = list(_walk(params))
+    _check_unique([leaf.path for leaf in leaves])
     if layers is None:
         return list(_by_name(leaves))
     if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
@@ -380,14 +389,19 @@ class _Leaf(NamedTuple):
     """A leaf of a tree.
 
     Attributes:
-        path: Its keys, joined by ``/``.
+        keys: The keys that lead to it, but for those of boxes.
         value: The leaf itself.
         owner: The object that holds it.
     """
 
-    path: str
+    keys: tuple[str, ...]
     value: Any
     owner: Any
+
+    @property
+    def path(self) -> str:
+        """The keys, joined by ``/``."""
+        return "/".join(self.keys)
 
     @property
     def shape(self) -> Shape | None:
@@ -400,23 +414,59 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(leaf.path, leaf.value) for leaf in _walk(tree)]
 
 
+def _check_unique(paths: list[str]) -> None:
+    for path, again in itertools.pairwise(sorted(paths)):
+        if path == again:
+            raise ValueError(
+                f"params has two leaves with the path {path!r}, as keys may hold '/' themselves: "
+                "rename one of them, or no pattern could tell them apart"
+            )
+
+
+def nested(tree: Any, by_leaf: Mapping[int, Any]) -> dict[str, Any]:
+    """Nested dicts that hold a value under the keys of each of some leaves of ``tree``.
+
+    Args:
+        tree: Any pytree.
+        by_leaf: The values, by the index of their leaf in the order of :func:`flatten`.
+
+    Returns:
+        The dicts; a leaf without keys, the tree itself, has the key ``""``.
+    """
+    leaves = list(_walk(tree))
+    result: dict[str, Any] = {}
+    for i, value in by_leaf.items():
+        *parents, last = leaves[i].keys or ("",)
+        inner = result
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return result
+
+
 def _walk(
-    tree: Any, is_leaf: Callable[[Any], bool] = _is_empty, keys: Any = (), owner: Any = None
+    tree: Any,
+    is_leaf: Callable[[Any], bool] = _is_empty,
+    keys: tuple[str, ...] = (),
+    owner: Any = None,
 ) -> Iterator[_Leaf]:
     """The leaves of a tree, in the order of :func:`flatten`."""
     children = None if is_leaf(tree) else _children(tree)
     if children is None:
-        yield _Leaf(tree_util.keystr(keys, simple=True, separator="/"), tree, owner)
+        yield _Leaf(keys, tree, owner)
         return
     is_box = _is_box(tree)  # a box is no part of the name, and hides no owner
     for key, child in children:
-        yield from _walk(child, is_leaf, keys if is_box else keys + key, owner if is_box else tree)
+        path, holder = (keys, owner) if is_box else ((*keys, key), tree)
+        yield from _walk(child, is_leaf, path, holder)
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+def _children(tree: Any) -> list[tuple[str, Any]] | None:
     """What a node holds, with its keys, or None for a leaf."""
     children, _ = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    return None if children and children[0][0] == () else children
+    if children and children[0][0] == ():
+        return None
+    return [(tree_util.keystr(key, simple=True), child) for key, child in children]
 
 
 def _is_box(x: Any) -> bool:

@@ -38,14 +38,17 @@ class KeepParamsInL1InfBallState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of updates so far: the step a schedule for ``c`` reads.
-        thresholds: For each constrained layer, under the path of its kernel, the threshold that
-            projected each column last; zero where the column was inside the ball. The next search
-            starts there, which saves it passes over the layer. It confirms what it finds, so any
-            other values give the same result to rounding error, only later.
+        thresholds: For each constrained layer the threshold that projected each column last; zero
+            where the column was inside the ball. They are nested dicts with the keys that lead to
+            the layers' kernels in the parameters, so that what takes the parameters apart by their
+            keys, and puts them together again, can do so with the state. The next search starts
+            there, which saves it passes over the layer. It confirms what it finds, so any other
+            values give the same result to rounding error, only later. For `optax.tree.map_params`
+            they are one field, and no parameters.
     """
 
     step: jax.Array
-    thresholds: dict[str, jax.Array]
+    thresholds: dict[str, Any]
 
 
 def keep_params_in_l1inf_ball(
@@ -95,13 +98,14 @@ def keep_params_in_l1inf_ball(
     Returns:
         A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less
         precise than their parameters are returned in the parameters' dtype, without which no exact
-        zero could be reached.
+        zero could be reached. Wrappers that choose between branches, such as
+        `optax.apply_if_finite`, want them cast before: ``optax.tree.cast_like(grads, params)``.
 
     Raises:
         ValueError: ``c`` is not positive, ``method`` unknown, or ``hold_zeros_from`` no whole
             number or negative; and, from ``init`` and ``update``, a pattern matches nothing, there
             is no layer to constrain, the axes of one cannot be told, its parameters are integers,
-            ``params`` are missing, or ``state`` belongs to something else.
+            ``params`` are missing or empty, or ``state`` belongs to something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -226,7 +230,7 @@ def constrain(
                 "them a second time: give it the optimizer alone, as in "
                 "constrain(optax.adam(1e-3), c)"
             )
-        if metric == "auto":
+        if metric == "auto" and not isinstance(params, _PLACEHOLDER):
             chosen = _layers.constrained_layers(params, c, layers)
             _trial.check(inner, state, params, [layer for layer, _ in chosen], neutral)
         return ConstrainState(state, ball.init(params))
@@ -309,13 +313,18 @@ def _keep_params_in_ball(
     _check_hold(hold_zeros_from)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
+        step = jnp.zeros([], jnp.int32)
+        if isinstance(params, _PLACEHOLDER):
+            # One leaf stands for all thresholds. A placeholder would make parameters of them.
+            one_leaf: Any = jnp.zeros([])
+            return KeepParamsInL1InfBallState(step, one_leaf)
         leaves, _ = _layers.flatten(params)
         chosen = _layers.constrained_layers(params, c, layers)
-        thresholds = {layer.leaf_path: layer.zeros(leaves) for layer, _ in chosen}
         told = _told.get()
         if told is not None:
             told.append(Kept({layer.leaf_path: c for layer, c in chosen}, hold_zeros_from))
-        return KeepParamsInL1InfBallState(jnp.zeros([], jnp.int32), thresholds)
+        thresholds = {layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen}
+        return KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
 
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
@@ -342,15 +351,25 @@ def _check_state(state: Any, kind: type) -> None:
         )
 
 
-def _check_thresholds(thresholds: dict[str, jax.Array], wanted: dict[str, tuple[int, ...]]) -> None:
-    has = {path: jnp.shape(x) for path, x in thresholds.items()}
-    for path in sorted(has | wanted):
-        if has.get(path) != wanted.get(path):
-            raise ValueError(
-                f"state has thresholds of shape {has.get(path)} for {path!r}, but c, layers and "
-                f"params ask for {wanted.get(path)}: take the state from init(params) of this "
-                "transformation, with these params"
-            )
+def _optax_placeholder() -> type:
+    """The type of what `optax.tree.map_params` gives to ``init`` in the place of parameters."""
+    seen: list[type] = []
+    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    return seen[0]
+
+
+_PLACEHOLDER = _optax_placeholder()
+
+
+def _check_thresholds(thresholds: Any, layers: list[Layer]) -> None:
+    has = {(path, jnp.shape(x)) for path, x in _layers.named_leaves(thresholds)}
+    wanted = {(layer.leaf_path, layer.columns_shape) for layer in layers}
+    for path, _ in sorted(has ^ wanted):
+        raise ValueError(
+            f"state has thresholds of shape {dict(has).get(path)} for {path!r}, but c, layers and "
+            f"params ask for {dict(wanted).get(path)}: take the state from init(params) of this "
+            "transformation, with these params"
+        )
 
 
 def _check_hold(hold_zeros_from: Any) -> None:
@@ -456,7 +475,8 @@ def _into_ball(
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
     chosen = _layers.constrained_layers(params, c, layers)
-    _check_thresholds(state.thresholds, {x.leaf_path: x.columns_shape for x, _ in chosen})
+    _check_thresholds(state.thresholds, [layer for layer, _ in chosen])
+    starts = dict(_layers.named_leaves(state.thresholds))
 
     def operands(layer: Layer) -> tuple[Arrays, Arrays]:
         ps, us = layer.columns(params_leaves), layer.columns(leaves)
@@ -470,7 +490,7 @@ def _into_ball(
             operands=operands(layer),
             c=radius_at(radius, state.step),
             axes=layer.reduction_axes,
-            start=state.thresholds[layer.leaf_path],
+            start=starts[layer.leaf_path],
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
@@ -484,9 +504,10 @@ def _into_ball(
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
-        thresholds[layer.leaf_path] = projected.threshold
+        thresholds[layer.kernels[0]] = projected.threshold
     step = optax.safe_increment(state.step)
-    return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
+    ball = KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
+    return jax.tree.unflatten(structure, leaves), ball
 
 
 def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:

@@ -268,7 +268,7 @@ def _as_kept(constrained: Constrained, kept: Sequence[Kept]) -> Constrained:
 
 
 def _check_same(balls: Sequence[KeepParamsInL1InfBallState], constrained: Constrained) -> None:
-    kept = {path for ball in balls for path in ball.thresholds}
+    kept = {path for ball in balls for path, _ in _layers.named_leaves(ball.thresholds)}
     told = {layer.leaf_path for layer, _ in constrained}
     if balls and kept != told:
         raise ValueError(
