@@ -6,7 +6,8 @@ else is said with dimension numbers.
 """
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import tree_util
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from l1inf_optax._conventions import (
     AUGMENTED_KERNEL,
@@ -26,11 +28,14 @@ from l1inf_optax._conventions import (
 from l1inf_optax._projection.arguments import (
     Arrays,
     Axes,
+    brief,
     check_floating,
     check_radius,
     normalise_axes,
 )
 from l1inf_optax._projection.floats import wide_dtype
+
+_LISTED = 40  # names that a message lists
 
 Radius = Any  # a number, an array, or an optax schedule
 Radii = Radius | Mapping[str, Radius | None]
@@ -204,21 +209,18 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
         ValueError: No layer is found or constrained, a pattern matches none or comes too late to,
             a layer's axes are in doubt, or its parameters are no floating-point numbers.
     """
+    leaves, _ = flatten(params)
     found = find_layers(params, layers)
-    leaves, structure = flatten(params)
     if not found:
-        if tree_util.treedef_is_leaf(structure) and not hasattr(leaves[0], "shape"):
-            raise ValueError(
-                f"params is a {type(params).__name__}, not a pytree of arrays: give the parameters "
-                "themselves, such as a Linen module's init(key, x) returns"
-            )
+        check_params(params)
         raise ValueError(
-            f"layers={layers!r} finds nothing to constrain. The leaves are: "
+            f"layers={brief(layers)} finds nothing to constrain. The leaves are: "
             f"{_listing(path for path, _ in named_leaves(params))}. Say which of them are "
             "kernels with layers={glob: LayerDimensionNumbers(...)}"
         )
     radii: list[Radius | None] = [c] * len(found)
     if isinstance(c, Mapping):
+        _check_constrainable(c, found, params)
         winners = _first_matches("c", c, [(layer.path, layer.leaf_path) for layer in found])
         radii = [None if winner is None else c[winner] for winner in winners]
     chosen = [
@@ -226,32 +228,87 @@ def constrained_layers(params: Any, c: Radii, layers: Layers = None) -> list[tup
     ]
     if not chosen:
         raise ValueError(
-            f"c={c!r} constrains nothing: give a radius to at least one of the layers, "
+            f"c={brief(c)} constrains nothing: give a radius to at least one of the layers, "
             f"{_listing(layer.path for layer in found)}"
         )
     for layer, _ in chosen:
-        check_certain(layer)
-        for i in layer.leaves:
-            check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
+        check_usable(layer, leaves)
     return chosen
 
 
-def check_certain(layer: Layer) -> None:
-    """Raises a ValueError if the layer's axes are guesswork."""
+def check_params(params: Any) -> None:
+    """Raises a ValueError if there is no array in ``params``, or if they are a whole optimizer."""
+    if hasattr(params, "tx") and hasattr(params, "opt_state") and not hasattr(params, "params"):
+        raise ValueError(
+            f"params is a {type(params).__name__}, which holds an optimizer's state: give the "
+            "parameters alone, such as nnx.state(model, nnx.Param)"
+        )
+    leaves = tree_util.tree_leaves(params)
+    if not leaves:
+        raise ValueError(
+            f"params={brief(params)} holds no arrays: give the parameters themselves, such as a "
+            "Linen module's init(key, x) returns"
+        )
+    if not any(hasattr(leaf, "shape") for leaf in leaves):
+        raise ValueError(
+            f"params is a {type(params).__name__}, not a pytree of arrays: give the parameters "
+            "themselves, such as a Linen module's init(key, x) returns, and c after them"
+        )
+
+
+def _check_constrainable(c: Mapping[str, Any], found: list[Layer], params: Any) -> None:
+    """Raises a ValueError if a pattern names leaves that are there, but in no layer."""
+    taken = {i for layer in found for i in layer.leaves}
+    paths = [path for path, _ in named_leaves(params)]
+    alone = [path for i, path in enumerate(paths) if i not in taken]
+    for pattern in c:
+        layers = [name for x in found for name in (x.path, x.leaf_path)]
+        named = [
+            x for x in alone if _matches(pattern, x) or _matches(pattern, x.rpartition("/")[0])
+        ]
+        if named and not any(_matches(pattern, name) for name in layers):
+            raise ValueError(
+                f"c has the pattern {pattern!r}, which names {_listing(named)}: not the "
+                "weights of a dense layer or convolution, but for instance an embedding or a "
+                "normalization's scale, which are left alone. Take the pattern out, or say with "
+                "layers={glob: LayerDimensionNumbers(...)} what a column is"
+            )
+
+
+def check_usable(layer: Layer, leaves: Sequence[Any]) -> None:
+    """Raises a ValueError if the layer's axes are guesswork, or its numbers have no norm here."""
     if layer.doubt is not None:
         raise ValueError(layer.doubt)
+    for i in layer.leaves:
+        check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
 
 
 def check_radii(c: Radii) -> None:
     """Raises a ValueError if a radius that is known now is not a positive number."""
-    for radius in c.values() if isinstance(c, Mapping) else (c,):
+    if hasattr(c, "init") and hasattr(c, "update"):
+        raise ValueError(
+            "c is an optimizer, not a radius: say constrain(optimizer, c) or, for SGD and "
+            "momentum, optax.chain(optimizer, keep_params_in_l1inf_ball(c))"
+        )
+    for glob, radius in c.items() if isinstance(c, Mapping) else (("", c),):
+        if isinstance(radius, Mapping):
+            raise ValueError(
+                f"c holds a {type(radius).__name__} at {glob!r}: c is no tree, but a flat mapping "
+                "from globs over the layers' paths to numbers, as in {'params/hidden_0': 1.0}. "
+                "If these are the parameters, they stand before c"
+            )
         if isinstance(radius, list | tuple):
             raise ValueError(
-                f"c={radius!r} is a {type(radius).__name__}: give a number, or a mapping with "
+                f"c={brief(radius)} is a {type(radius).__name__}: give a number, or a mapping with "
                 "one for each layer, as in {'hidden_0': 1.0, 'hidden_1': 2.0}"
             )
         if radius is not None and not callable(radius):
             check_radius(radius)
+
+
+def radius_at(radius: Radius, step: ArrayLike) -> ArrayLike:
+    """A radius after so many updates, which schedules read as the int32 they meet in training."""
+    return radius(jnp.asarray(step, jnp.int32)) if callable(radius) else radius
 
 
 def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
@@ -269,14 +326,61 @@ def find_layers(params: Any, layers: Layers = None) -> list[Layer]:
         The layers, in the order of the tree's leaves.
 
     Raises:
-        ValueError: A pattern matches no leaf, axes are out of range, or a bias does not fit.
+        ValueError: A pattern matches no leaf, axes are out of range, a bias does not fit, or two
+            leaves have one path.
     """
     leaves = list(_walk(params))
+    _check_unique([leaf.path for leaf in leaves])
     if layers is None:
         return list(_by_name(leaves))
     if tree_util.treedef_is_leaf(tree_util.tree_structure(layers)) and callable(layers):
         layers = layers(params)
     return sorted(_as_told(leaves, layers), key=lambda layer: layer.kernels)
+
+
+# --- trees of other structures --------------------------------------------------------------------
+
+
+def trainable(params: Any) -> Any:
+    """The parameters an optimizer can step in: without a module's functions, keys and counters."""
+
+    def is_floating(x: Any) -> bool:
+        return isinstance(x, float) or jnp.issubdtype(getattr(x, "dtype", object), jnp.inexact)
+
+    leaves, structure = flatten(params)
+    kept = [x if _is_empty(x) or is_floating(x) else None for x in leaves]
+    return tree_util.tree_unflatten(structure, kept)
+
+
+def unboxed(tree: Any) -> Any:
+    """The tree, bare arrays in place of the variables in which NNX keeps them."""
+
+    def is_variable(x: Any) -> bool:
+        return any(
+            (cls.__module__, cls.__name__) == ("flax.nnx.variablelib", "Variable")
+            for cls in type(x).__mro__
+        )
+
+    leaves, structure = tree_util.tree_flatten(tree, is_leaf=is_variable)
+    bare = [tree_util.tree_leaves(x)[0] if is_variable(x) else x for x in leaves]
+    return tree_util.tree_unflatten(structure, bare)
+
+
+def in_structure_of(like: Any, params: Any) -> Any:
+    """The parameters that ``like`` has leaves for, such as gradients, in its structure.
+
+    Raises:
+        ValueError: ``like`` has a leaf that ``params`` has not.
+    """
+    source, wanted = dict(named_leaves(params)), named_leaves(like)
+    for path, leaf in wanted:
+        if not _is_empty(leaf) and _shape(source.get(path)) != _shape(leaf):
+            raise ValueError(
+                f"grads has a leaf of shape {_shape(leaf)} at {path!r}, where params has shape "
+                f"{_shape(source.get(path))}: give gradients of these parameters"
+            )
+    leaves = [leaf if _is_empty(leaf) else source[path] for path, leaf in wanted]
+    return tree_util.tree_unflatten(flatten(like)[1], leaves)
 
 
 # --- paths ----------------------------------------------------------------------------------------
@@ -286,14 +390,19 @@ class _Leaf(NamedTuple):
     """A leaf of a tree.
 
     Attributes:
-        path: Its keys, joined by ``/``.
+        keys: The keys that lead to it, but for those of boxes.
         value: The leaf itself.
         owner: The object that holds it.
     """
 
-    path: str
+    keys: tuple[str, ...]
     value: Any
     owner: Any
+
+    @property
+    def path(self) -> str:
+        """The keys, joined by ``/``."""
+        return "/".join(self.keys)
 
     @property
     def shape(self) -> Shape | None:
@@ -306,23 +415,59 @@ def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     return [(leaf.path, leaf.value) for leaf in _walk(tree)]
 
 
+def _check_unique(paths: list[str]) -> None:
+    for path, again in itertools.pairwise(sorted(paths)):
+        if path == again:
+            raise ValueError(
+                f"params has two leaves with the path {path!r}, as keys may hold '/' themselves: "
+                "rename one of them, or no pattern could tell them apart"
+            )
+
+
+def nested(tree: Any, by_leaf: Mapping[int, Any]) -> dict[str, Any]:
+    """Nested dicts that hold a value under the keys of each of some leaves of ``tree``.
+
+    Args:
+        tree: Any pytree.
+        by_leaf: The values, by the index of their leaf in the order of :func:`flatten`.
+
+    Returns:
+        The dicts; a leaf without keys, the tree itself, has the key ``""``.
+    """
+    leaves = list(_walk(tree))
+    result: dict[str, Any] = {}
+    for i, value in by_leaf.items():
+        *parents, last = leaves[i].keys or ("",)
+        inner = result
+        for key in parents:
+            inner = inner.setdefault(key, {})
+        inner[last] = value
+    return result
+
+
 def _walk(
-    tree: Any, is_leaf: Callable[[Any], bool] = _is_empty, keys: Any = (), owner: Any = None
+    tree: Any,
+    is_leaf: Callable[[Any], bool] = _is_empty,
+    keys: tuple[str, ...] = (),
+    owner: Any = None,
 ) -> Iterator[_Leaf]:
     """The leaves of a tree, in the order of :func:`flatten`."""
     children = None if is_leaf(tree) else _children(tree)
     if children is None:
-        yield _Leaf(tree_util.keystr(keys, simple=True, separator="/"), tree, owner)
+        yield _Leaf(keys, tree, owner)
         return
     is_box = _is_box(tree)  # a box is no part of the name, and hides no owner
     for key, child in children:
-        yield from _walk(child, is_leaf, keys if is_box else keys + key, owner if is_box else tree)
+        path, holder = (keys, owner) if is_box else ((*keys, key), tree)
+        yield from _walk(child, is_leaf, path, holder)
 
 
-def _children(tree: Any) -> list[tuple[Any, Any]] | None:
+def _children(tree: Any) -> list[tuple[str, Any]] | None:
     """What a node holds, with its keys, or None for a leaf."""
     children, _ = tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is not tree)
-    return None if children and children[0][0] == () else children
+    if children and children[0][0] == ():
+        return None
+    return [(tree_util.keystr(key, simple=True), child) for key, child in children]
 
 
 def _is_box(x: Any) -> bool:
@@ -334,7 +479,9 @@ def _is_box(x: Any) -> bool:
 
 
 def _shape(leaf: Any) -> Shape | None:
-    return None if _is_empty(leaf) else jnp.shape(leaf)
+    """None if the leaf is no array, as the activation functions of a module."""
+    is_array = hasattr(leaf, "shape") or isinstance(leaf, bool | int | float | complex)
+    return jnp.shape(leaf) if is_array else None
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -362,8 +509,10 @@ def _first_matches(
     return winners
 
 
-def _listing(paths: Iterator[str]) -> str:
-    return ", ".join(path or "(root)" for path in paths) or "none"
+def _listing(paths: Iterable[str]) -> str:
+    names = [path or "(root)" for path in paths]
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return ", ".join([*names[:_LISTED], *more]) or "none"
 
 
 # --- layers that are described --------------------------------------------------------------------
@@ -374,7 +523,7 @@ def _as_told(leaves: list[_Leaf], layers: Any) -> Iterator[Layer]:
     told = {
         index[path]: numbers
         for path, numbers in _told(list(index), layers).items()
-        if numbers is not None and not _is_empty(leaves[index[path]].value)
+        if numbers is not None and leaves[index[path]].shape is not None
     }
     stacks = {i: numbers.stack_axis for i, numbers in told.items() if _is_told_by_stack(numbers)}
     yield from _by_name(leaves, stacks)
@@ -446,8 +595,8 @@ def _told(paths: list[str], layers: Any) -> dict[str, Any]:
     for path, numbers in told.items():
         if path not in paths or not is_numbers(numbers):
             raise ValueError(
-                f"layers holds {numbers!r} at {path!r}: give dimension numbers or None, in the "
-                f"structure of the parameters. There are: {_listing(iter(paths))}. To choose "
+                f"layers holds {brief(numbers)} at {path!r}: give dimension numbers or None, in "
+                f"the structure of the parameters. There are: {_listing(iter(paths))}. To choose "
                 "layers by name, say c={glob: number}"
             )
     return told

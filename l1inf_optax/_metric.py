@@ -9,10 +9,12 @@ not computed here a second time but read off the optimizer, whatever wraps it, i
 3. That step, divided by its gradient, is ``1 / d``, up to a factor for each leaf.
 4. The factor is how much longer the real updates are than a step so small predicts them.
 
-Only which fields of which state are moments is written down. What is not known is an error.
+Only which fields of which state are moments is written down. What is not known is an error. Links
+without a state cannot be known by name: `_trial` finds out what they do.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from l1inf_optax import _layers
+from l1inf_optax._layers import Layer
 
 
 class _Moments(NamedTuple):
@@ -39,7 +42,7 @@ class _Moments(NamedTuple):
 
 
 # By the names of optax's states, as it does not export all of them.
-_MOMENTS = {
+MOMENTS = {
     "ScaleByAdamState": _Moments(("mu",), ("nu",)),  # adam(w), nadam(w), radam, yogi, lamb, adamax
     "ScaleByAmsgradState": _Moments(("mu", "nu"), ("nu_max",)),  # nu only raises nu_max
     "ScaleByBeliefState": _Moments(("mu",), ("nu",)),
@@ -52,13 +55,17 @@ _MOMENTS = {
     "ScaleByAdaDeltaState": _Moments((), ("e_g",)),
     # Adafactor's first steps forget everything before them: take one from later on.
     "FactoredState": _Moments((), ("v_row", "v_col", "v"), (("count", 10**6),)),
+    "ScaleByAdanState": _Moments(("m", "v", "g"), ("n",)),
+    "ScaleByAdemamixState": _Moments(("m1", "m2"), ("nu",)),
+    "ScaleBySimplifiedAdEMAMixState": _Moments(("m",), ("n",)),
+    "ScaleByOptimisticGradientState": _Moments(("previous_gradient",)),
     "ScaleBySM3State": _Moments(("nu",)),  # its second moments are known only to the step itself
     "TraceState": _Moments(("trace",)),
     "EmaState": _Moments(("ema",)),
     "MultiStepsState": _Moments(("acc_grads",)),
     "ApplyEvery": _Moments(("grad_acc",)),
 }
-_WRAPPERS = {
+WRAPPERS = {
     "MultiStepsState": "inner_opt_state",
     "ApplyIfFiniteState": "inner_state",
     "ConditionallyTransformState": "inner_state",
@@ -68,11 +75,21 @@ _WRAPPERS = {
     "MaskedState": "inner_state",
     "MultiTransformState": "inner_states",
     "PartitionState": "inner_states",
+    "SplitRealAndImaginaryState": "inner_state",
 }
-_NEUTRAL = {
+# Those that search along an update for its length: the metric stays what it is.
+LINE_SEARCHES = {"ScaleByBacktrackingLinesearchState", "ScaleByZoomLinesearchState"}
+# Those that leave the metric as it is: they scale whole updates or leaves, add noise, or look on.
+NEUTRAL = LINE_SEARCHES | {
+    "AddNoiseState",
+    "DoGState",
+    "DoWGState",
     "MonitorState",
+    "ReduceLROnPlateauState",
+    "ScaleByDistanceOverGradientsState",
     "ScaleByScheduleState",
     "SnapshotState",
+    "WeightDecaySchedule",
     "ZeroNansState",
 }
 # Those that may step differently in different leaves, or adapt without second moments of their own.
@@ -81,7 +98,7 @@ _UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3St
 # parameters.
 UNEUCLIDEAN = {
     name: moments.second[0]
-    for name, moments in _MOMENTS.items()
+    for name, moments in MOMENTS.items()
     if moments.second and name != "ScaleByNovogradState"
 } | {"ScaleBySM3State": "nu", "ScaleByLionState": "mu", "MuonState": "mu"}
 # A gradient so small that no second moment notices, and so large that its square, times what a
@@ -90,54 +107,13 @@ _NEXT_TO_NOTHING = 1e-15
 # Beyond these, largest gradients count as these: one of 1e38 would make nothing of all others.
 _SIZES = 1e-20, 1e10
 _SAMPLE = 4096  # entries of a leaf that tell its factor
-_CHOICES = (
-    "Give metric='euclidean', which suits optimizers that step along the gradient itself, or a "
-    "function metric(state, params) that returns the weights of the optimizer's own metric"
-)
 
 
 def is_euclidean(state: Any) -> bool:
-    """Whether an optimizer with this state steps along the gradient, alike in every leaf.
-
-    Raises:
-        ValueError: a part of the state belongs to an optimizer that is not known.
-    """
+    """Whether an optimizer with this state steps along the gradient within a leaf."""
     return all(
-        not _MOMENTS.get(name, _Moments()).second and name not in _UNEVEN
-        for name, _ in _parts(state)
+        not MOMENTS.get(name, _Moments()).second and name not in _UNEVEN for name, _ in parts(state)
     )
-
-
-def check(
-    optimizer: optax.GradientTransformationExtraArgs, state: Any, params: Any, chosen: Sequence[int]
-) -> None:
-    """Raises a ValueError if the optimizer has no metric, or none that can be read off it.
-
-    Args:
-        optimizer: The optimizer.
-        state: Its state.
-        params: The parameters.
-        chosen: Which leaves of ``params`` are constrained.
-    """
-    list(_parts(state))
-
-    def tangents(tangent: Any) -> list[Any]:
-        def update(grads: Any) -> Any:
-            return optimizer.update(grads, state, params)[0]
-
-        leaves, _ = _layers.flatten(jax.jvp(update, (params,), (tangent,))[1])
-        return [leaves[i] for i in chosen]
-
-    jaxpr = jax.make_jaxpr(tangents)(params).jaxpr
-    reached = set(jaxpr.invars)
-    for equation in jaxpr.eqns:
-        if any(x in reached for x in equation.invars if not hasattr(x, "val")):
-            reached.update(equation.outvars)
-    if not all(not hasattr(x, "val") and x in reached for x in jaxpr.outvars):
-        raise ValueError(
-            "metric='auto' finds that the updates of a constrained layer do not depend on how long "
-            f"its gradient is, as those of sign-SGD: there is no metric to project in. {_CHOICES}"
-        )
 
 
 def slopes(
@@ -148,9 +124,8 @@ def slopes(
     updates: Any,
     params: Any,
     extra: dict[str, Any],
-    *,
-    across_leaves: bool = True,
-) -> Any:
+    layers: Sequence[Layer],
+) -> Any | None:
     """How far the step just taken moves each entry for the same gradient.
 
     Args:
@@ -161,13 +136,15 @@ def slopes(
         updates: What it returned.
         params: The parameters.
         extra: The other arguments it was given.
-        across_leaves: Whether the factors between leaves count. Only an optimizer that reduces over
-            leaves, to their norms say, can have some that a step without a gradient does not show.
+        layers: What is constrained. The factors between the leaves of a layer count.
 
     Returns:
         Pytree like ``updates``, float32 or wider: ``1 / d``, up to a factor for all leaves and the
-        sign; zero where there was no step.
+        sign; zero where there was no step. None if all entries of a layer move alike.
     """
+    alike = is_euclidean(after)
+    if alike and all(len(layer.leaves) == 1 for layer in layers):
+        return None
     grads, updates, params, before, after = map(_wide, (grads, updates, params, before, after))
     # Without parameters there is no weight decay, so that updates are in proportion to gradients.
     nowhere = jax.tree.map(jnp.zeros_like, params)
@@ -175,19 +152,23 @@ def slopes(
     def step(grads: Any, first: Any, second: Any) -> tuple[Any, Any]:
         return optimizer.update(grads, _with_moments(before, first, second), nowhere, **extra)
 
-    nothing = jax.tree.map(lambda g: jnp.full_like(g, _NEXT_TO_NOTHING), grads)
+    # It makes parameters grow: whoever keeps them positive lets it pass.
+    nothing = jax.tree.map(lambda g: jnp.full_like(g, -_NEXT_TO_NOTHING), grads)
     first = _moments(before, "first")
     none = jax.tree.map(jnp.zeros_like, first)
+    uneven = has_leaf_factors(lambda g: step(g, none, _moments(before, "second"))[0], grads, layers)
+    if alike and not uneven:
+        return None
     held = _held(lambda second: _moments(step(nothing, none, second)[1], "second"), after)
-    moved = step(nothing, none, held)[0]
-    if any(name == "ScaleBySM3State" for name, _ in _parts(before)):
+    moved = _moved(lambda g: step(g, none, held)[0], nothing, after)
+    if any(name == "ScaleBySM3State" for name, _ in parts(before)):
         return jax.tree.map(
-            lambda u, g, x: jnp.where(g == 0, x / _NEXT_TO_NOTHING, u / g),
+            lambda u, g, x: jnp.where(g == 0, -x / _NEXT_TO_NOTHING, u / g),
             step(grads, none, held)[0],
             grads,
             moved,
         )
-    if not across_leaves or not _reduces(jax.make_jaxpr(step)(nothing, none, held).jaxpr):
+    if not uneven:
         return moved
     sizes = [_largest_finite(x) for x in jax.tree.leaves((grads, first))]
     largest = jnp.clip(functools.reduce(jnp.maximum, sizes), *_SIZES)
@@ -198,20 +179,83 @@ def slopes(
     return jax.tree.map(jnp.multiply, moved, longer)
 
 
+def _moved(step: Callable[[Any], Any], nothing: Any, state: Any) -> Any:
+    """What a step without first moments makes of a gradient next to nothing."""
+    if all(name != "AddNoiseState" for name, _ in parts(state)):
+        return step(nothing)
+    # Noise hides so small a step, but not how the step changes with the gradient.
+    ones = jax.tree.map(jnp.ones_like, nothing)
+    changes = jax.jvp(step, (nothing,), (ones,))[1]
+    return jax.tree.map(lambda x: x * -_NEXT_TO_NOTHING, changes)
+
+
 def _largest_finite(x: jax.Array) -> jax.Array:
     """The largest magnitude: what is not finite must not reach the factors of other leaves."""
     return jnp.max(jnp.abs(jnp.where(jnp.isfinite(x), x, 0)), initial=0)
 
 
-def _reduces(jaxpr: Any) -> bool:
-    """Whether a computation adds up, or takes maxima, over entries."""
+def has_leaf_factors(step: Callable[[Any], Any], grads: Any, layers: Sequence[Layer]) -> bool:
+    """Whether a kernel's updates use sums or maxima over entries that its bias's do not.
+
+    Without them, or where all leaves share them, as a global norm, no leaf has a factor of its own.
+    """
+    pairs = [pair for layer in layers for pair in itertools.pairwise(layer.leaves)]
+
+    def of_pairs(grads: Any) -> list[Any]:
+        leaves, _ = _layers.flatten(step(grads))
+        return [leaves[i] for pair in pairs for i in pair]
+
+    jaxpr = jax.make_jaxpr(of_pairs)(grads).jaxpr
+    used = _reductions(jaxpr, [frozenset()] * len(jaxpr.invars), itertools.count())
+    return any(first != second for first, second in zip(used[::2], used[1::2], strict=True))
+
+
+_Uses = frozenset[int]
+
+
+def _reductions(jaxpr: Any, given: Sequence[_Uses], names: Iterator[int]) -> list[_Uses]:
+    """The sums and maxima over entries that each result of a computation uses, by numbers."""
+    uses = dict(zip(jaxpr.invars, given, strict=True))
+
+    def used(x: Any) -> _Uses:
+        return frozenset() if hasattr(x, "val") else uses.get(x, frozenset())
+
     for equation in jaxpr.eqns:
-        if equation.primitive.name.startswith(("reduce_", "dot_")):
-            return True
-        inner = (getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(equation.params.values())))
-        if any(_reduces(x) for x in inner if hasattr(x, "eqns")):
-            return True
-    return False
+        inputs = [used(x) for x in equation.invars]
+        inner = called(equation)
+        if inner:  # what comes before the arguments says which branch is taken
+            n = len(inner[0].invars)
+            branches = [_reductions(x, inputs[len(inputs) - n :], names) for x in inner]
+            results = [
+                frozenset().union(*inputs[: len(inputs) - n], *x)
+                for x in zip(*branches, strict=True)
+            ]
+        else:
+            together = frozenset().union(*inputs)
+            own = _reduces(equation)
+            results = [together | ({next(names)} if own else set()) for _ in equation.outvars]
+        uses |= zip(equation.outvars, results, strict=True)
+    return [used(x) for x in jaxpr.outvars]
+
+
+def _jaxprs(equation: Any) -> list[Any]:
+    inner = (getattr(x, "jaxpr", x) for x in jax.tree.leaves(list(equation.params.values())))
+    return [x for x in inner if hasattr(x, "eqns")]
+
+
+def called(equation: Any) -> list[Any]:
+    """The computations that an equation is short for: one, or the branches of a choice."""
+    name, inner = equation.primitive.name, _jaxprs(equation)
+    n = len(equation.invars) - (name == "cond")
+    once = name not in ("scan", "while") and (len(inner) == 1 or name == "cond")
+    return inner if once and all(len(x.invars) == n for x in inner) else []
+
+
+def _reduces(equation: Any) -> bool:
+    """Whether an equation adds up, or takes maxima, over entries."""
+    if equation.primitive.name.startswith(("reduce_", "dot_")):
+        return True
+    return any(_reduces(x) for inner in _jaxprs(equation) for x in inner.eqns)
 
 
 def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array:
@@ -261,26 +305,20 @@ def _wide(tree: Any) -> Any:
 # --- the parts of an optimizer's state ------------------------------------------------------------
 
 
-def _parts(state: Any) -> Iterator[tuple[str, Any]]:
-    """The named tuples in a state, with their names, outer ones first.
-
-    Raises:
-        ValueError: one of them is not known.
-    """
+def parts(state: Any) -> Iterator[tuple[str, Any]]:
+    """The named tuples in a state, with their names, outer ones first; so is what else it holds."""
     name = type(state).__name__
     if not hasattr(state, "_fields"):
         if isinstance(state, dict | list | tuple):
             for part in _sorted(state).values() if isinstance(state, dict) else state:
-                yield from _parts(part)
+                yield from parts(part)
             return
         if jax.tree.leaves(state):
-            raise ValueError(f"metric='auto' does not know a state of type {name}. {_CHOICES}")
+            yield name, state
         return
-    if state and name not in _MOMENTS and name not in _WRAPPERS and name not in _NEUTRAL:
-        raise ValueError(f"metric='auto' does not know the metric of {name}. {_CHOICES}")
     yield name, state
-    if name in _WRAPPERS:
-        yield from _parts(getattr(state, _WRAPPERS[name]))
+    if name in WRAPPERS:
+        yield from parts(getattr(state, WRAPPERS[name]))
 
 
 def _sorted(state: dict[Any, Any]) -> dict[Any, Any]:
@@ -292,15 +330,25 @@ def _moments(state: Any, kind: str) -> list[Any]:
     """The first or second moments in a state, in the order of its parts."""
     return [
         getattr(part, field)
-        for name, part in _parts(state)
-        if name in _MOMENTS
-        for field in getattr(_MOMENTS[name], kind)
+        for name, part in parts(state)
+        if name in MOMENTS
+        for field in getattr(MOMENTS[name], kind)
     ]
 
 
 def _with_moments(state: Any, first: Sequence[Any], second: Sequence[Any]) -> Any:
     """The state with other moments."""
     return _replaced(state, {"first": iter(first), "second": iter(second)})
+
+
+def varied(state: Any) -> Any:
+    """The state without first moments, its second ones unevenly smaller."""
+
+    def smaller(x: jax.Array) -> jax.Array:
+        return x * jnp.linspace(0.1, 1, x.size, dtype=x.dtype).reshape(x.shape)
+
+    none = jax.tree.map(jnp.zeros_like, _moments(state, "first"))
+    return _with_moments(state, none, jax.tree.map(smaller, _moments(state, "second")))
 
 
 def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:
@@ -312,10 +360,10 @@ def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:
         if isinstance(state, list | tuple):
             return type(state)(_replaced(x, moments) for x in state)
         return state
-    own = _MOMENTS.get(name, _Moments())
+    own = MOMENTS.get(name, _Moments())
     changed = {field: next(moments["first"]) for field in own.first}
     changed |= {field: next(moments["second"]) for field in own.second}
     changed |= {field: jnp.full_like(getattr(state, field), x) for field, x in own.settled}
-    if name in _WRAPPERS:
-        changed[_WRAPPERS[name]] = _replaced(getattr(state, _WRAPPERS[name]), moments)
+    if name in WRAPPERS:
+        changed[WRAPPERS[name]] = _replaced(getattr(state, WRAPPERS[name]), moments)
     return state._replace(**changed)

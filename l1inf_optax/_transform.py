@@ -7,17 +7,17 @@ to it on the side of zero: no column grows, and an exact zero of w is one of the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
-from l1inf_optax import _layers, _metric
-from l1inf_optax._layers import Layer, Layers, Radii, Radius
-from l1inf_optax._projection.arguments import Arrays, Axes, check_method
+from l1inf_optax import _layers, _metric, _trial
+from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
+from l1inf_optax._projection.arguments import Arrays, Axes, brief, check_method
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
@@ -30,14 +30,17 @@ class KeepParamsInL1InfBallState(NamedTuple):
 
     Attributes:
         step: int32 scalar, the number of updates so far: the step a schedule for ``c`` reads.
-        thresholds: For each constrained layer, under the path of its kernel, the threshold that
-            projected each column last; zero where the column was inside the ball. The next search
-            starts there, which saves it passes over the layer. It confirms what it finds, so any
-            other values give the same result to rounding error, only later.
+        thresholds: For each constrained layer the threshold that projected each column last; zero
+            where the column was inside the ball. They are nested dicts with the keys that lead to
+            the layers' kernels in the parameters, so that what takes the parameters apart by their
+            keys, and puts them together again, can do so with the state. The next search starts
+            there, which saves it passes over the layer. It confirms what it finds, so any other
+            values give the same result to rounding error, only later. For `optax.tree.map_params`
+            they are one field, and no parameters.
     """
 
     step: jax.Array
-    thresholds: dict[str, jax.Array]
+    thresholds: dict[str, Any]
 
 
 def keep_params_in_l1inf_ball(
@@ -87,13 +90,14 @@ def keep_params_in_l1inf_ball(
     Returns:
         A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less
         precise than their parameters are returned in the parameters' dtype, without which no exact
-        zero could be reached.
+        zero could be reached. Wrappers that choose between branches, such as
+        `optax.apply_if_finite`, want them cast before: ``optax.tree.cast_like(grads, params)``.
 
     Raises:
-        ValueError: ``c`` is not positive or ``method`` unknown; and, from ``init`` and ``update``,
-            a pattern matches nothing, there is no layer to constrain, the axes of one cannot be
-            told, its parameters are integers, ``params`` are missing, or ``state`` belongs to
-            something else.
+        ValueError: ``c`` is not positive, ``method`` unknown, or ``hold_zeros_from`` no whole
+            number or negative; and, from ``init`` and ``update``, a pattern matches nothing, there
+            is no layer to constrain, the axes of one cannot be told, its parameters are integers,
+            ``params`` are missing or empty, or ``state`` belongs to something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -133,6 +137,7 @@ def constrain(
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
     hold_zeros_from: int | None = None,
+    neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps every column in the L1 ball, by projections in the metric the optimizer steps in.
 
@@ -152,10 +157,17 @@ def constrain(
     ``metric="auto"`` reads D off the optimizer and its state, with its bias corrections and its
     epsilon, leaf by leaf, through `optax.chain`, `named_chain`, `inject_hyperparams`, `masked`,
     `partition`, `MultiSteps`, `apply_if_finite`. It knows Adam, AdamW, NAdam, AMSGrad, AdaBelief,
-    RAdam, Yogi, LAMB, NovoGrad, Adamax, RMSProp (centred too), Adagrad, Adadelta, Adafactor and
-    SM3; SGD and momentum step along the gradient, and so do optimizers that rescale whole leaves,
-    such as LARS: the projection is Euclidean. An optimizer that it does not know is an error, and
-    so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon), which has no such metric.
+    RAdam, Yogi, LAMB, NovoGrad, Adamax, Adan, AdEMAMix, RMSProp (centred too), Adagrad, Adadelta,
+    Adafactor and SM3; SGD and momentum step along the gradient, and so do optimizers that rescale
+    whole leaves, such as LARS: within a leaf the projection is Euclidean. An optimizer that it does
+    not know is an error, and so is one that steps by signs (Lion, sign-SGD) or by matrices (Muon),
+    which has no such metric.
+
+    Links without a state have no name to know them by. So ``init`` tries the optimizer on small
+    arrays: each entry has to move by its own gradient times its slope, within a layer up to one
+    factor. Links that mix entries or limit them (`centralize`, `adaptive_grad_clip`) are an error.
+    Where they change the gradient they belong in front:
+    ``optax.chain(optax.centralize(), constrain(optax.adam(1e-3), c))``.
 
     `apply_if_finite` and `MultiSteps` may as well go around the result. Then a schedule for ``c``
     counts the steps that are taken; inside, it counts those that are not, too.
@@ -168,13 +180,16 @@ def constrain(
             ratios within a column matter, from 2^-60 to 1 within a layer.
         layers: As in :func:`keep_params_in_l1inf_ball`.
         hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
+        neutral: Types of states that ``"auto"`` may pass over: those of links of your own that
+            scale whole updates, or only look on. What they do is tried all the same.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
 
     Raises:
-        ValueError: as :func:`keep_params_in_l1inf_ball`; ``metric`` is unknown; and, from ``init``,
-            ``"auto"`` finds no metric or the optimizer projects already.
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``optimizer`` is none, or the function
+            that makes it; ``metric`` is unknown; and, from ``init``, ``"auto"`` finds no metric or
+            the optimizer projects already.
 
     References:
         Melchior, Joseph and Moolekamp (2019), *Proximal Adam*. Yun, Lozano and Yang (2021),
@@ -192,9 +207,12 @@ def constrain(
         Array(1., dtype=float32)
     """
     if not callable(metric) and metric not in ("auto", "euclidean"):
-        raise ValueError(f"metric={metric!r} is unknown: use 'auto', 'euclidean' or a function")
+        raise ValueError(
+            f"metric={brief(metric)} is unknown: use 'auto', 'euclidean' or a function"
+        )
+    _check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
-    ball = keep_params_in_l1inf_ball(c, layers=layers)
+    ball = keep_params_in_l1inf_ball(c, layers=layers, hold_zeros_from=hold_zeros_from)
 
     def init_fn(params: Any) -> ConstrainState:
         state = inner.init(params)
@@ -204,9 +222,9 @@ def constrain(
                 "them a second time: give it the optimizer alone, as in "
                 "constrain(optax.adam(1e-3), c)"
             )
-        if metric == "auto":
+        if metric == "auto" and not isinstance(params, _PLACEHOLDER):
             chosen = _layers.constrained_layers(params, c, layers)
-            _metric.check(inner, state, params, [i for layer, _ in chosen for i in layer.kernels])
+            _trial.check(inner, state, params, [layer for layer, _ in chosen], neutral)
         return ConstrainState(state, ball.init(params))
 
     def update_fn(
@@ -218,7 +236,7 @@ def constrain(
         slopes = None
         if callable(metric):
             slopes = jax.tree.map(lambda d: 1 / d, metric(inner_state, params))
-        elif metric == "auto" and not _metric.is_euclidean(inner_state):
+        elif metric == "auto":
             chosen = _layers.constrained_layers(params, c, layers)
             slopes = _metric.slopes(
                 inner,
@@ -228,7 +246,7 @@ def constrain(
                 steps,
                 params,
                 extra,
-                across_leaves=any(layer.bias is not None for layer, _ in chosen),
+                [layer for layer, _ in chosen],
             )
         steps, ball_state = _into_ball(
             project_all, c, layers, hold_zeros_from, steps, state.ball, params, slopes
@@ -238,11 +256,21 @@ def constrain(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+def _check_optimizer(optimizer: Any) -> None:
+    if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return
+    what = f"optimizer={optimizer!r} is no optimizer"
+    if callable(optimizer):
+        name = getattr(optimizer, "__name__", "optimizer")
+        what = f"optimizer={name} is a function that makes one: call it, as in {name}(1e-3)"
+    raise ValueError(f"{what}. Say constrain(optax.adam(1e-3), c), the optimizer first")
+
+
 def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     """Projects parameters once, for instance freshly initialised ones.
 
     Args:
-        params: Pytree of parameters, floating-point.
+        params: Pytree of parameters, floating-point, or a module that is one.
         c: As in :func:`keep_params_in_l1inf_ball`; a schedule is read at step 0.
         layers: As in :func:`keep_params_in_l1inf_ball`.
 
@@ -258,11 +286,14 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
         >>> l1inf.project_params(params, 2.5)["hidden"]["bias"].round(6)
         Array([-0.5], dtype=float32)
     """
+    _layers.check_params(params)
     _layers.check_radii(c)
     leaves, structure = _layers.flatten(params)
     for layer, radius in _layers.constrained_layers(params, c, layers):
         columns = layer.columns(leaves)
-        layer.put(project_columns(columns, _at(radius, 0), layer.reduction_axes).parts, leaves)
+        layer.put(
+            project_columns(columns, radius_at(radius, 0), layer.reduction_axes).parts, leaves
+        )
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -271,14 +302,21 @@ def _keep_params_in_ball(
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
+    _check_hold(hold_zeros_from)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
+        step = jnp.zeros([], jnp.int32)
+        if isinstance(params, _PLACEHOLDER):
+            # One leaf stands for all thresholds. A placeholder would make parameters of them.
+            one_leaf: Any = jnp.zeros([])
+            return KeepParamsInL1InfBallState(step, one_leaf)
         leaves, _ = _layers.flatten(params)
-        thresholds = {
-            layer.leaf_path: layer.zeros(leaves)
-            for layer, _ in _layers.constrained_layers(params, c, layers)
-        }
-        return KeepParamsInL1InfBallState(jnp.zeros([], jnp.int32), thresholds)
+        chosen = _layers.constrained_layers(params, c, layers)
+        told = _told.get()
+        if told is not None:
+            told.append(Kept({layer.leaf_path: c for layer, c in chosen}, hold_zeros_from))
+        thresholds = {layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen}
+        return KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
 
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
@@ -305,15 +343,77 @@ def _check_state(state: Any, kind: type) -> None:
         )
 
 
-def _check_thresholds(thresholds: dict[str, jax.Array], wanted: dict[str, tuple[int, ...]]) -> None:
-    has = {path: jnp.shape(x) for path, x in thresholds.items()}
-    for path in sorted(has | wanted):
-        if has.get(path) != wanted.get(path):
-            raise ValueError(
-                f"state has thresholds of shape {has.get(path)} for {path!r}, but c, layers and "
-                f"params ask for {wanted.get(path)}: take the state from init(params) of this "
-                "transformation, with these params"
-            )
+def _optax_placeholder() -> type:
+    """The type of what `optax.tree.map_params` gives to ``init`` in the place of parameters."""
+    seen: list[type] = []
+    optax.tree.map_params(lambda params: seen.append(type(params)), lambda x: x, None)
+    return seen[0]
+
+
+_PLACEHOLDER = _optax_placeholder()
+
+
+def _check_thresholds(thresholds: Any, layers: list[Layer]) -> None:
+    has = {(path, jnp.shape(x)) for path, x in _layers.named_leaves(thresholds)}
+    wanted = {(layer.leaf_path, layer.columns_shape) for layer in layers}
+    for path, _ in sorted(has ^ wanted):
+        raise ValueError(
+            f"state has thresholds of shape {dict(has).get(path)} for {path!r}, but c, layers and "
+            f"params ask for {dict(wanted).get(path)}: take the state from init(params) of this "
+            "transformation, with these params"
+        )
+
+
+def _check_hold(hold_zeros_from: Any) -> None:
+    number = hold_zeros_from
+    whole = isinstance(number, int) or jnp.issubdtype(getattr(number, "dtype", bool), jnp.integer)
+    if number is not None and (isinstance(number, bool) or not whole or jnp.ndim(number)):
+        raise ValueError(
+            f"hold_zeros_from={brief(number)} is no whole number: give the number of updates after "
+            "which zeros stay, such as round(0.8 * steps), or None"
+        )
+    if number is not None and not isinstance(number, jax.core.Tracer) and number < 0:
+        raise ValueError(
+            f"hold_zeros_from={brief(number)} is negative: give the number of updates after which "
+            "zeros stay, or None"
+        )
+
+
+class Kept(NamedTuple):
+    """What one projection of a transformation was told to keep.
+
+    Attributes:
+        radii: For each constrained layer, under the path of its kernel, its radius.
+        hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
+    """
+
+    radii: dict[str, Radius]
+    hold_zeros_from: int | None
+
+
+# A transformation is two closures, and c is in them. Their `init` tells what it is, if it is asked.
+_told: ContextVar[list[Kept] | None] = ContextVar("told", default=None)
+
+
+def kept_by(tx: optax.GradientTransformation, params: Any) -> list[Kept]:
+    """What the projections in ``tx`` were told, as far as they do not read it from their state."""
+    told: list[Kept] = []
+    token = _told.set(told)
+    try:
+        jax.eval_shape(lambda params: tx.init(params), params)  # a function of its own: not cached
+    finally:
+        _told.reset(token)
+
+    def is_known(x: Any) -> bool:
+        return not isinstance(x, jax.core.Tracer)
+
+    return [
+        Kept(
+            {path: c for path, c in ball.radii.items() if is_known(c)},
+            ball.hold_zeros_from if is_known(ball.hold_zeros_from) else None,
+        )
+        for ball in told
+    ]
 
 
 def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:
@@ -323,6 +423,27 @@ def ball_states(state: Any) -> list[KeepParamsInL1InfBallState]:
         return isinstance(x, KeepParamsInL1InfBallState)
 
     return [x for x in jax.tree.leaves(state, is_leaf=is_ball) if is_ball(x)]
+
+
+def optimizer_state(state: Any) -> Any:
+    """An optimizer's state, also where an `nnx.Optimizer` or a `TrainState` holds it."""
+    holder = hasattr(state, "tx") and hasattr(state, "opt_state")
+    return _layers.unboxed(state.opt_state if holder else state)
+
+
+def last_step(state: Any) -> int:
+    """The step at which the last update has read a schedule for c; 0 before the first.
+
+    Raises:
+        ValueError: Nothing in ``state`` keeps parameters in a ball.
+    """
+    balls = ball_states(optimizer_state(state))
+    if not balls:
+        raise ValueError(
+            f"state, a {type(state).__name__}, holds no state of keep_params_in_l1inf_ball or "
+            "constrain: give the optimizer's state that belongs to params"
+        )
+    return max(int(balls[0].step) - 1, 0)
 
 
 def _into_ball(
@@ -346,7 +467,8 @@ def _into_ball(
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
     chosen = _layers.constrained_layers(params, c, layers)
-    _check_thresholds(state.thresholds, {x.leaf_path: x.columns_shape for x, _ in chosen})
+    _check_thresholds(state.thresholds, [layer for layer, _ in chosen])
+    starts = dict(_layers.named_leaves(state.thresholds))
 
     def operands(layer: Layer) -> tuple[Arrays, Arrays]:
         ps, us = layer.columns(params_leaves), layer.columns(leaves)
@@ -358,9 +480,9 @@ def _into_ball(
     requests = [
         Request(
             operands=operands(layer),
-            c=_at(radius, state.step),
+            c=radius_at(radius, state.step),
             axes=layer.reduction_axes,
-            start=state.thresholds[layer.leaf_path],
+            start=starts[layer.leaf_path],
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
@@ -374,9 +496,10 @@ def _into_ball(
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
-        thresholds[layer.leaf_path] = projected.threshold
+        thresholds[layer.kernels[0]] = projected.threshold
     step = optax.safe_increment(state.step)
-    return jax.tree.unflatten(structure, leaves), KeepParamsInL1InfBallState(step, thresholds)
+    ball = KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
+    return jax.tree.unflatten(structure, leaves), ball
 
 
 def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:
@@ -386,10 +509,6 @@ def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:
     moves = (top > 0) & (top < jnp.inf)
     scale, least = 1 / jnp.where(moves, top, 1), jnp.where(moves, 2.0**-60, 1)
     return tuple(jnp.clip(jnp.abs(s) * scale, least, 1) for s in slopes)
-
-
-def _at(radius: Radius, step: ArrayLike) -> ArrayLike:
-    return radius(step) if callable(radius) else radius
 
 
 def _all_stepped(ps: Arrays, us: Arrays) -> Arrays:

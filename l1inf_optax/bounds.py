@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer, Layers
-from l1inf_optax._projection.arguments import check_radius
+from l1inf_optax._projection.arguments import brief, check_radius
 
 __all__ = [
     "Certificate",
@@ -647,7 +647,9 @@ def _read_norms(
 ) -> tuple[dict[str, tuple[float, float]], np.ndarray]:
     """Norm and radius of the hidden layers, and the norms of the output layer's columns."""
     if not isinstance(c, Mapping):
-        raise ValueError(f"c={c!r} does not say which layers are hidden: give c={{glob: {c!r}}}")
+        raise ValueError(
+            f"c={brief(c)} does not say which layers are hidden: give c={{glob: number}}"
+        )
     constrained = _layers.constrained_layers(params, c, layers) if c else []
     found = _layers.find_layers(params, layers)
     hidden = {layer.leaf_path for layer, _ in constrained}
@@ -657,7 +659,7 @@ def _read_norms(
             f"c={c!r} leaves {len(free)} layers free, {[layer.path for layer in free]}: leave "
             "free the output layer and no other"
         )
-    leaves, _ = _layers.flatten(params)
+    leaves, _ = _layers.flatten(_layers.trainable(params))  # keys and counters do not count
     known = {i for layer in found for i in layer.leaves}
     strangers = [i for i, leaf in enumerate(leaves) if i not in known and hasattr(leaf, "shape")]
     if strangers:
@@ -669,10 +671,10 @@ def _read_norms(
     norms = {}
     for layer, radius in constrained:
         norm = float(_column_norms(layer, leaves).max())
-        if callable(radius) or not norm <= radius:
+        if callable(radius) or np.ndim(radius) or not norm <= radius:
             raise ValueError(
-                f"c gives {radius!r} for the layer {layer.path!r}, whose L1,inf norm is {norm:g}: "
-                "give the number it was trained with, in the end"
+                f"c gives {brief(radius)} for the layer {layer.path!r}, whose L1,inf norm is "
+                f"{norm:g}: give the number it was trained with, in the end"
             )
         norms[layer.path] = norm, float(radius)
     return norms, _column_norms(free[0], leaves)
@@ -680,7 +682,7 @@ def _read_norms(
 
 def _column_norms(layer: Layer, leaves: list[Any]) -> np.ndarray:
     """The L1 norm of every unit's weights and bias, in float64."""
-    _layers.check_certain(layer)
+    _layers.check_usable(layer, leaves)
     if len(layer.reduction_axes) + len(layer.output_axes) < len(layer.shape):
         raise ValueError(
             f"the layer {layer.path!r} of shape {layer.shape} is a stack of layers: give them "

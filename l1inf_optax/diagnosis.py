@@ -18,8 +18,17 @@ import numpy as np
 import optax
 
 from l1inf_optax import _layers, _metric
-from l1inf_optax._layers import Layer, Layers, Radii, Radius
-from l1inf_optax._transform import ConstrainState, KeepParamsInL1InfBallState, ball_states
+from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
+from l1inf_optax._projection.arguments import check_radius
+from l1inf_optax._transform import (
+    ConstrainState,
+    KeepParamsInL1InfBallState,
+    Kept,
+    ball_states,
+    kept_by,
+    optimizer_state,
+)
+from l1inf_optax.sparsity import ON_BOUNDARY
 
 Constrained = list[tuple[Layer, Radius]]
 
@@ -29,6 +38,11 @@ _LEAST_SIGNAL = 1e-3  # what is left of an input's differences after constrained
 _MOST_BIAS = 0.9  # of a column's norm
 _ROUNDED = 1 + 1e-5  # a schedule's float32 depends on how it is compiled
 _SEVERAL = 4  # entries of a column that a step should not reduce to one
+_ALIKE = 1e-5  # two radii, or the norms of columns projected to one, to rounding
+_FAR = tuple(10**k for k in range(10))  # steps at which schedules are looked at
+_VANISHED = 1e-30  # of the first radius: an exponential decay that is out of exponents
+_ENOUGH = 100  # updates after which zeros should show, if nobody says how many are planned
+_FEW_ZEROS = 0.01  # of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,30 +108,36 @@ def diagnose(
     layers: Layers = None,
     state: Any = None,
     grads: Any = None,
+    steps: int | None = None,
 ) -> Diagnosis:
     """Looks for mistakes that raise no error, and names cause and cure of each.
 
     Call it once before training, with gradients if there are some, and again when training goes
     wrong. It looks at the order of the chain, the optimizer beside the projection, which layers are
-    constrained, and where the columns lie in the ball; with ``grads`` also at what one step does.
-    No finding is no proof that all is well. Nothing is emitted as a Python warning: those are shown
-    once only, and a question is answered by what it returns.
+    constrained, at what radius and for how long, and where the columns lie in the ball; with
+    ``grads`` also at what one step does. No finding is no proof that all is well. Nothing is
+    emitted as a Python warning: those are shown once only, and a question is answered by what it
+    returns.
 
     Args:
-        tx: The whole transformation, as it is trained with.
-        params: Pytree of parameters: freshly projected ones, or those of any later step.
+        tx: The whole transformation, as it is trained with; or the `nnx.Optimizer` or `TrainState`
+            that has it, whose state is then taken, too.
+        params: Pytree of parameters, or a module that is one: freshly projected ones, or those of
+            any later step.
         c: As ``tx`` has it; see :func:`keep_params_in_l1inf_ball`.
         layers: As ``tx`` has it.
         state: The optimizer's state that belongs to ``params``, or ``None`` before training.
         grads: Gradients at ``params``, or ``None``. One step is taken with them, by
             ``tx.update(grads, state, params)``, and thrown away.
+        steps: The number of updates that are planned, or ``None``. Then schedules are looked at up
+            to there, and zeros are expected in the end.
 
     Returns:
         A :class:`Diagnosis`.
 
     Raises:
-        ValueError: as :func:`keep_params_in_l1inf_ball`; ``c`` and ``layers`` constrain others than
-            ``tx`` does.
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``tx`` is no transformation; ``steps`` is
+            not positive; ``c`` and ``layers`` constrain others than ``tx`` does.
 
     Example:
         >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -132,25 +152,51 @@ def diagnose(
           learned. Use l1inf.constrain(optimizer, c), which projects in the optimizer's own metric,
           or says that there is none.
     """
+    if hasattr(tx, "tx") and hasattr(tx, "opt_state"):
+        tx, state = tx.tx, tx if state is None else state
+    if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        raise ValueError(
+            f"tx is a {type(tx).__name__}, not an optax transformation: call diagnose(tx, params, "
+            "c), in this order"
+        )
+    if steps is not None and not steps > 0:
+        raise ValueError(f"steps={steps!r}: give the number of updates that are planned, or None")
+    _layers.check_params(params)
     _layers.check_radii(c)
-    state = tx.init(params) if state is None else state
-    balls = ball_states(state)
+    if grads is not None:  # which leave out what of a module is not trained
+        grads = _layers.unboxed(grads)
+        params = _layers.in_structure_of(grads, params)
     found = _layers.find_layers(params, layers)
     constrained = _layers.constrained_layers(params, c, layers)
+    trained = params if grads is not None else _layers.trainable(params)
+    kept = kept_by(tx, trained)
+    state = tx.init(trained) if state is None else optimizer_state(state)
+    balls = ball_states(state)
     _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
+    told, constrained = constrained, _as_kept(constrained, kept)
     columns = _columns(params, constrained, max(step - 1, 0))  # where the last update left them
+    # Where one finding explains what another would say, it alone is right.
+    dead, elsewhere = [*_dead_units(columns)], [*_projected_elsewhere(columns, step)]
+    explained = {path for finding in elsewhere for path in finding.layers}
+    others = [x for x in columns if x.layer.path not in explained]
     findings = [
         *_not_kept(balls),
         *_not_last(state),
+        *_another_c(told, constrained, step),
         *_not_finite(columns, "parameters"),
-        *_outside(columns, step),
+        *elsewhere,
+        *_outside(others, step),
         *_optimizer(state, constrained),
         *_output_layer(found, constrained, c),
+        *_vanishing_c(constrained, steps),
         *_small_c(columns),
-        *_large_c(columns),
-        *_dead_units(columns),
+        *([] if dead or elsewhere else _large_c(columns)),
+        *dead,
         *_biases(columns),
+        *_few_zeros(columns, step, steps),
+        *_held_from_start(columns, kept),
+        *_never_held(kept, steps),
         *_batch_norm(params, constrained),
     ]
     if grads is not None:
@@ -177,12 +223,14 @@ class _Columns(NamedTuple):
         c: Its radius, or one for each column.
         bias: Magnitudes of the biases, in one row or none.
         weights: Magnitudes of the weights, in rows.
+        rounding: By how much of c the norm of a column on the boundary may be below it.
     """
 
     layer: Layer
     c: np.ndarray
     bias: np.ndarray
     weights: np.ndarray
+    rounding: float
 
     @property
     def norms(self) -> np.ndarray:
@@ -203,21 +251,24 @@ def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]
 
     columns = []
     for layer, radius in constrained:
-        c = np.asarray(_at(radius, step), np.float64)
+        c = np.asarray(radius_at(radius, step), np.float64)
         if callable(radius):
             c = c * _ROUNDED
         matrix = np.concatenate([rows(layer, x) for x in layer.columns(leaves)])
         first = int(layer.has_bias_row or layer.bias is not None)
-        columns.append(_Columns(layer, c, matrix[:first], matrix[first:]))
+        rounding = 2 * ON_BOUNDARY[np.dtype(leaves[layer.kernels[0]].dtype).itemsize]
+        columns.append(_Columns(layer, c, matrix[:first], matrix[first:], rounding))
     return columns
 
 
-def _at(radius: Any, step: int) -> Any:
-    return radius(step) if callable(radius) else radius
+def _as_kept(constrained: Constrained, kept: Sequence[Kept]) -> Constrained:
+    """The layers with the radii that the transformation has, where these can be read."""
+    radii = {path: radius for ball in kept for path, radius in ball.radii.items()}
+    return [(layer, radii.get(layer.leaf_path, c)) for layer, c in constrained]
 
 
 def _check_same(balls: Sequence[KeepParamsInL1InfBallState], constrained: Constrained) -> None:
-    kept = {path for ball in balls for path in ball.thresholds}
+    kept = {path for ball in balls for path, _ in _layers.named_leaves(ball.thresholds)}
     told = {layer.leaf_path for layer, _ in constrained}
     if balls and kept != told:
         raise ValueError(
@@ -295,6 +346,95 @@ def _optimizer(state: Any, constrained: Constrained) -> Iterator[Finding]:
         )
 
 
+def _another_c(told: Constrained, constrained: Constrained, step: int) -> Iterator[Finding]:
+    """Radii that are not those of the transformation, at one step at least."""
+    differ = []
+    for (layer, c), (_, own) in zip(told, constrained, strict=True):
+        check_radius(1 if callable(c) else c, layer.columns_shape)
+        for at in () if c is own else (step, *_FAR):
+            given, has = (np.asarray(radius_at(x, at), np.float64) for x in (c, own))
+            if not np.allclose(given, has, rtol=_ALIKE, atol=0):
+                when = f" at step {at}" if callable(c) or callable(own) else ""
+                differ.append((layer.path, f"{_number(has)}{when}", _number(given)))
+                break
+    if differ:
+        _, kept_at, told_as = differ[0]
+        yield Finding(
+            "another c",
+            "error",
+            tuple(path for path, *_ in differ),
+            f"tx keeps these columns at c = {kept_at}, but the c given to diagnose is {told_as}: "
+            "all else that is said here holds for that of tx.",
+            "Make tx and all that is told c from one variable.",
+        )
+
+
+def _vanishing_c(constrained: Constrained, steps: int | None) -> Iterator[Finding]:
+    """Schedules that end at 0 or below."""
+    last = 2**31 - 1 if steps is None else steps - 1
+    looked_at = [step for step in (0, *_FAR, last) if step <= last]
+    for layer, radius in constrained:
+        if not callable(radius):
+            continue
+
+        def least(step: int, radius: Any = radius) -> float:
+            return float(np.min(np.asarray(radius_at(radius, step), np.float64)))
+
+        end = next((step for step in looked_at if not least(step) > 0), None)
+        if end is None:
+            continue
+        before = max((step for step in looked_at if step < end), default=-1)
+        while end - before > 1:  # the first step without a ball
+            middle = (before + end) // 2
+            before, end = (middle, end) if least(middle) > 0 else (before, middle)
+        if steps is None and end > 0 == least(end) and least(before) < _VANISHED * least(0):
+            continue
+        yield Finding(
+            "c falls to 0",
+            "error",
+            (layer.path,),
+            f"The schedule of c gives {least(end):.3g} at step {end}: no ball has such a radius, "
+            "and every weight goes to zero.",
+            "End it at a positive radius, such as optax.cosine_decay_schedule(1.0, steps, "
+            "alpha=0.1), and take the number of steps from the training loop.",
+        )
+        return
+
+
+def _held_from_start(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[Finding]:
+    """Biases or whole layers that start at zero and must stay there."""
+    at_once = {path for ball in kept if ball.hold_zeros_from == 0 for path in ball.radii}
+    paths = []
+    for x in columns:
+        pieces = [piece for piece in (x.bias, x.weights) if piece.size]
+        if x.layer.leaf_path in at_once and not all(piece.any() for piece in pieces):
+            paths.append(x.layer.path)
+    if paths:
+        yield Finding(
+            "zeros held from the start",
+            "warning",
+            tuple(paths),
+            "With hold_zeros_from=0 what is zero stays zero, and all biases or weights here are: "
+            "they never learn.",
+            "Hold zeros from a later update on, once training has chosen them, such as "
+            "hold_zeros_from=round(0.8 * steps).",
+        )
+
+
+def _never_held(kept: Sequence[Kept], steps: int | None) -> Iterator[Finding]:
+    starts = [int(x.hold_zeros_from) for x in kept if x.hold_zeros_from is not None]
+    if steps is not None and max(starts, default=0) >= steps:
+        yield Finding(
+            "zeros never held",
+            "warning",
+            (),
+            f"hold_zeros_from is {max(starts)}, but only {steps} updates are planned: zeros are "
+            "never held.",
+            "Count it in updates, not in epochs or examples, and let it come before the end, such "
+            "as hold_zeros_from=round(0.8 * steps).",
+        )
+
+
 # --- the parameters -------------------------------------------------------------------------------
 
 
@@ -326,6 +466,60 @@ def _outside(columns: list[_Columns], step: int) -> Iterator[Finding]:
             tuple(outside),
             f"{seen}, before training: the first update takes all of that away in one jump.",
             "Start with params = l1inf.project_params(params, c).",
+        )
+
+
+def _projected_elsewhere(columns: list[_Columns], step: int) -> Iterator[Finding]:
+    """Columns that were projected, but to another radius: most have the same norm."""
+    seen = []
+    for x in columns if step == 0 else ():  # later they have moved, and c may have
+        largest = float(x.norms.max(initial=0))
+        there = x.norms >= largest * (1 - x.rounding)
+        entries = np.sort(np.concatenate([x.bias, x.weights])[:, there], axis=0)
+        projected = 2 * there.sum() > x.norms.size > 1 and bool(np.ptp(entries, axis=1).any())
+        if (
+            projected
+            and np.isfinite(x.c).all()
+            and not np.isclose(x.c, largest, rtol=2 * x.rounding, atol=0).any()
+        ):
+            seen.append((x.layer.path, largest, x.c))
+    if seen:
+        _, norm, c = seen[0]
+        yield Finding(
+            "projected to another c",
+            "warning",
+            tuple(path for path, *_ in seen),
+            f"Most columns have a norm of {norm:.6g}, as if projected to that, but tx keeps them "
+            f"at c = {_number(c)}.",
+            "Project the parameters with the c of tx: l1inf.project_params(params, c).",
+        )
+
+
+def _few_zeros(columns: list[_Columns], step: int, steps: int | None) -> Iterator[Finding]:
+    """No layer is sparse, although the ball holds its columns back and training has gone on."""
+    if step < (_ENOUGH if steps is None else steps):
+        return
+    entries = nonzero = 0
+    paths = []
+    for x in columns:
+        on_boundary = x.norms >= x.c * (1 - x.rounding)
+        if len(x.weights) < _SEVERAL or 2 * on_boundary.sum() <= on_boundary.size:
+            continue
+        kept = int(np.count_nonzero(x.weights))
+        if kept <= (1 - _FEW_ZEROS) * x.weights.size:
+            return
+        entries, nonzero = entries + x.weights.size, nonzero + kept
+        paths.append(x.layer.path)
+    if paths:
+        yield Finding(
+            "few zeros",
+            "warning",
+            tuple(paths),
+            f"After {step} updates most columns are on the boundary, but only {entries - nonzero} "
+            f"of {entries} weights are exactly zero.",
+            "Let the learning rate fall to zero, as noise lifts entries off zero faster than large "
+            "steps put them back; or choose a smaller c, let it fall by a schedule and then hold "
+            "the zeros with hold_zeros_from.",
         )
 
 
@@ -499,6 +693,15 @@ def _step(before: list[_Columns], after: list[_Columns], *, seen: bool) -> Itera
             "only the largest survives the projection.",
             "Lower the learning rate, about in proportion to c.",
         )
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def _number(radius: Any) -> str:
+    """One radius, or the range of those of a layer's columns."""
+    low, high = float(np.min(radius)), float(np.max(radius))
+    return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
 
 
 # --- names ----------------------------------------------------------------------------------------

@@ -101,6 +101,10 @@ class AugmentedDense(nn.Dense):
         `augmented_kernel`: `(1 + d_in, features)` of type `param_dtype`; row 0 is the bias.
         Without bias, `(d_in, features)`.
 
+    Flax's wrappers see one parameter: `flax.linen.WeightNorm` and `flax.linen.SpectralNorm`
+    normalise bias and weights together, where those around a `Dense` spare the bias. In such a
+    wrapper the ball still makes zeros, but no longer bounds what the network computes.
+
     It carries the metadata of the kernel (`flax.linen.with_partitioning`). Name a mesh axis for
     the units rather than for the rows: a mesh that divides `d_in` seldom divides `1 + d_in`.
 
@@ -147,6 +151,7 @@ class AugmentedConv(nn.Conv):
         type `param_dtype`; row 0 is the bias. Without bias, one row less.
 
     It carries the metadata of the kernel; of its axis names only the last, the units', is kept.
+    What :class:`AugmentedDense` says of Flax's wrappers holds here.
 
     Attributes:
         features: the number of output channels.

@@ -13,13 +13,13 @@ In Jupyter a layer shows its zeros and norms as a table, and its weights as a pi
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.typing import Dtype, Initializer, PrecisionLike
 
@@ -34,34 +34,108 @@ F = TypeVar("F", bound=Callable[..., None])
 _AXIS_NAMES = ("out_sharding", "sharding_names")
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """Rows of the augmented matrix, read as Flax reads a parameter.
+_READ_ONLY = (
+    "kernel and bias read rows of augmented_kernel, which a value written here would not reach: "
+    "write to the matrix, as in layer.augmented_kernel[...] = jnp.concatenate([bias[None], kernel])"
+)
 
-    Frozen, because a value written here would never reach the matrix.
+
+@jax.tree_util.register_pytree_node_class
+class _View(np.lib.mixins.NDArrayOperatorsMixin):
+    """Rows of the augmented matrix, which behave as a parameter of Flax does: like their array.
+
+    It is no parameter. That would be written to, and its value would never reach the matrix.
     """
 
-    value: jax.Array
+    __slots__ = ("_rows",)
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, rows: Any):
+        object.__setattr__(self, "_rows", rows)
+
+    @property
+    def value(self) -> jax.Array:
+        return self._rows
+
+    def get_value(self) -> jax.Array:
+        return self._rows
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_rows"), name)
 
     def __getitem__(self, index: Any) -> jax.Array:
-        return self.value[index]
+        return self._rows[index]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self._rows)
+
+    def __repr__(self) -> str:
+        return f"View({self._rows!r})"
+
+    def __jax_array__(self) -> jax.Array:
+        return jnp.asarray(self._rows)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        return np.asarray(self._rows).__array__(*args, **kwargs)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        if "out" in options:
+            raise TypeError(_READ_ONLY)
+        inputs = tuple(x._rows if isinstance(x, _View) else x for x in inputs)
+        if method == "__call__" and not options and hasattr(jnp, ufunc.__name__):
+            return getattr(jnp, ufunc.__name__)(*inputs)  # not NumPy's, which cannot be traced
+        return getattr(ufunc, method)(*map(np.asarray, inputs), **options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(_READ_ONLY)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(_READ_ONLY)
+
+    def set_value(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(_READ_ONLY)
+
+    def tree_flatten(self) -> tuple[tuple[Any], None]:
+        return (self._rows,), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any]) -> _View:
+        return cls(*children)
 
 
 class _Rows:
     """Attribute that reads as rows of the layer's augmented matrix.
 
-    It defines no `__set__`, so Flax's `__init__` may shadow it with a parameter until
-    `_join_parameters` deletes that one.
+    Until `_join_parameters` has made the matrix it is a plain attribute: Flax's `__init__` keeps
+    the parameter there.
     """
 
     def __init__(self, read: Callable[[Any, jax.Array], jax.Array | None]):
         self.read = read
 
-    def __get__(self, layer: Any, owner: type) -> _View | _Rows | None:
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None:
             return self
+        if AUGMENTED_KERNEL not in vars(layer):
+            if self.name not in vars(layer):
+                raise AttributeError(self.name)
+            return vars(layer)[self.name]
         rows = self.read(layer, getattr(layer, AUGMENTED_KERNEL)[...])
         return None if rows is None else _View(rows)
+
+    def __set__(self, layer: Any, value: Any) -> None:
+        if AUGMENTED_KERNEL in vars(layer):
+            raise AttributeError(_READ_ONLY)
+        vars(layer)[self.name] = value
+
+    def __delete__(self, layer: Any) -> None:
+        del vars(layer)[self.name]
 
 
 def _kernel_rows(layer: Any, augmented: jax.Array) -> jax.Array:
@@ -118,7 +192,13 @@ class AugmentedLinear(nnx.Linear):
 
     Weights:
         `augmented_kernel`: `(1 + in_features, out_features)` of type `param_dtype`; row 0 is the
-        bias. Without bias, `(in_features, out_features)`. `kernel` and `bias` read its rows.
+        bias. Without bias, `(in_features, out_features)`. `kernel` and `bias` read its rows: they
+        behave like arrays, and writing to them is an error that names the matrix.
+
+    Flax's wrappers see one parameter. `flax.nnx.WeightNorm` looks for `kernel`, finds none and does
+    nothing; told to look for `augmented_kernel` it normalises bias and weights together.
+    `flax.nnx.SpectralNorm` always does. In such a wrapper the ball still makes zeros, but no longer
+    bounds what the network computes. `flax.nnx.LoRA` adds weights that are in no ball.
 
     It carries the metadata of the kernel (`flax.nnx.with_partitioning`, `kernel_metadata`); that
     of the bias, a row without a parameter of its own, is dropped. Name a mesh axis for the units
@@ -172,7 +252,8 @@ class AugmentedConv(nnx.Conv):
         `augmented_kernel`:
         `(1 + prod(kernel_size) * in_features / feature_group_count, out_features)` of type
         `param_dtype`; row 0 is the bias. Without bias, one row less. `kernel` and `bias` read its
-        rows.
+        rows, as those of :class:`AugmentedLinear` do; what is said there of Flax's wrappers holds
+        here.
 
     It carries the metadata of the kernel; of its axis names only the last, the units', is kept.
     The metadata of the bias is dropped.

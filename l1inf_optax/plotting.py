@@ -328,6 +328,7 @@ def plot_ball(c: float, ax: Axes | None = None) -> Axes:
         >>> ax.patches[0].get_xy().tolist()
         [[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0], [2.0, 0.0]]
     """
+    c = float(c)  # an unsigned integer has no negative
     ax = plt.gca() if ax is None else ax
     label = f"$\\|v\\|_1 \\leq {c:g}$"
     ax.fill([c, 0, -c, 0], [0, c, 0, -c], facecolor=BLUE + "30", edgecolor=BLUE, label=label)
@@ -441,7 +442,7 @@ def plot_newton(column: ArrayLike, c: float, ax: Axes | None = None) -> Axes:
         >>> ax.lines[-1].get_xydata().tolist()  # a pass's threshold, and what it leaves
         [[0.0, 7.0], [1.5, 3.0], [1.75, 2.5]]
     """
-    sizes = np.abs(_vector(column))
+    sizes, c = np.abs(_vector(column)), float(c)
 
     def left(theta: ArrayLike) -> NDArray[np.float64]:
         return np.maximum(sizes - np.asarray(theta)[..., None], 0).sum(-1)

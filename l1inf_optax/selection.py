@@ -20,6 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from l1inf_optax._projection.arguments import brief
 from l1inf_optax._training import (
     Apply,
     Lane,
@@ -188,9 +189,10 @@ def cross_validate(
 
     Raises:
         ValueError: there is no candidate, or one is not positive, or their layers differ; x and y
-            differ in length; cv makes fewer than two folds, or a fold that is empty, overlaps its
-            training rows or has rows that do not exist; loss or score does not return one number
-            per example; there is no epoch, or an empty batch.
+            differ in length, or hold NaN or infinities that loss or score hand on; cv makes fewer
+            than two folds, or a fold that is empty, overlaps its training rows or has rows that do
+            not exist; cv is a number, and y holds whole numbers none of which occurs so often; loss
+            or score does not return one number per example; there is no epoch, or an empty batch.
 
     References:
         Wen et al., Section 5.4. Kohavi (1995), *A study of cross-validation and bootstrap for
@@ -216,8 +218,10 @@ def cross_validate(
     candidates = _candidates(c)
     folds = _folds(cv, np.asarray(y), seed)
     task = Task(init, apply, loss, optimizer)
-    for name, function in {"loss": loss, **({"score": score} if score else {})}.items():
+    metrics = {"loss": loss, **({"score": score} if score else {})}
+    for name, function in metrics.items():
         _check_per_example(name, function, task, candidates[0], x, y)
+    _check_finite(metrics, task, candidates[0], x, y)
 
     lanes = [_lane(fold, own) for own in candidates for fold in range(len(folds))]
     params = train(
@@ -337,16 +341,20 @@ def _candidates(c: Iterable[C]) -> tuple[C, ...]:
 def _of_layers(c: C, layers: Sequence[str]) -> Mapping[str, float]:
     if not isinstance(c, Mapping) or not c or set(c) != set(layers):
         raise ValueError(
-            f"c holds {c!r}, but its first candidate has the layers {list(layers)}: give numbers, "
-            "or mappings with the same layers"
+            f"c holds {brief(c)}, but its first candidate has the layers {list(layers)}: give "
+            "numbers, or mappings with the same layers"
         )
     return {layer: _positive(c[layer]) for layer in layers}
 
 
 def _positive(c: Any) -> float:
-    if not float(c) > 0:
-        raise ValueError(f"c holds {c!r}: give positive numbers, inf for no constraint")
-    return float(c)
+    try:
+        number = np.nan if isinstance(c, str) else float(c)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not number > 0:
+        raise ValueError(f"c holds {brief(c)}: give positive numbers, inf for no constraint")
+    return number
 
 
 def _lane(fold: int, c: C) -> Lane:
@@ -362,6 +370,12 @@ def _folds(cv: Any, y: np.ndarray, seed: int) -> list[Fold]:
         from sklearn.model_selection import KFold, StratifiedKFold  # takes a second to import
 
         classes = y.ndim == 1 and y.dtype.kind in "biu"
+        if classes and np.unique(y, return_counts=True)[1].max() < cv:
+            raise ValueError(
+                f"y holds whole numbers, which are taken for classes, but none of them occurs "
+                f"{cv} times, once for each fold: if they are numbers to predict, give "
+                "y.astype(float)"
+            )
         cv = (StratifiedKFold if classes else KFold)(cv, shuffle=True, random_state=seed)
     pairs = cv.split(np.arange(len(y)), y) if hasattr(cv, "split") else cv
     folds = [(np.asarray(rows), np.asarray(unseen)) for rows, unseen in pairs]
@@ -401,6 +415,28 @@ def _check_per_example(
             f"{name} returns shape {shape} for two examples: return one number per example, (2,), "
             "and no mean"
         )
+
+
+def _check_finite(
+    metrics: Mapping[str, Metric], task: Task, c: C, x: jax.Array, y: jax.Array
+) -> None:
+    """Finds examples that no training can score, unless the metrics know what to do with NaN."""
+    for given, values in {"x": x, "y": y}.items():
+        if not jnp.issubdtype(values.dtype, jnp.inexact):
+            continue
+        bad = np.flatnonzero(~np.isfinite(np.asarray(values)).reshape(len(values), -1).all(1))
+        if not bad.size:
+            continue
+        rows = bad[:1].repeat(2)
+        radii = jax.tree.map(np.float32, _lane(0, c).c)
+        outputs = task.apply(task.init(jax.random.key(0), radii), x[rows])
+        for name, metric in metrics.items():
+            if not np.isfinite(np.asarray(metric(outputs, y[rows]))).all():
+                raise ValueError(
+                    f"{given} has entries that are NaN or infinite in {bad.size} of {len(values)} "
+                    f"examples, the first of them row {bad[0]}, and {name} is not finite there: "
+                    "leave these rows out, or fill the entries in"
+                )
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from l1inf_optax import _layers
-from l1inf_optax._layers import Layer, Layers
+from l1inf_optax._layers import Layer, Layers, radius_at
+from l1inf_optax._projection.arguments import check_radius
+from l1inf_optax._transform import last_step
 
 # A projected column ends within a few units of its dtype's last place below c; this much is shared
 # by float32 and the 16-bit formats.
-_ON_BOUNDARY = {2: 2.0**-6, 4: 1e-5, 8: 1e-10}
+ON_BOUNDARY = {2: 2.0**-6, 4: 1e-5, 8: 1e-10}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LayerSparsity:
             None if no threshold was given.
         largest_norm: The L1,inf norm.
         columns: Number of units.
-        columns_on_boundary: How many of them have a norm of c, to rounding.
+        columns_on_boundary: How many of them have a norm of c, to rounding; None if no c was given.
         empty_columns: How many of them have neither bias nor weights: units that are constant 0.
         inputs: Number of rows below the bias.
         unused_inputs: How many of them no unit looks at.
@@ -41,7 +43,7 @@ class LayerSparsity:
     below_threshold: int | None
     largest_norm: float
     columns: int
-    columns_on_boundary: int
+    columns_on_boundary: int | None
     empty_columns: int
     inputs: int
     unused_inputs: int
@@ -67,16 +69,18 @@ class SparsityReport:
     @property
     def total(self) -> LayerSparsity:
         """All layers together. Counts are added; of norms the largest is taken."""
-        counts = {
-            field.name: sum(getattr(layer, field.name) or 0 for layer in self.layers)
+
+        def added(name: str) -> int | None:
+            counts = [getattr(layer, name) for layer in self.layers]
+            return None if None in counts else sum(counts)
+
+        counts: dict[str, Any] = {
+            field.name: added(field.name)
             for field in dataclasses.fields(LayerSparsity)
-            if field.name not in ("path", "shape", "below_threshold", "largest_norm")
+            if field.name not in ("path", "shape", "largest_norm")
         }
-        below = None
-        if self.threshold is not None:
-            below = sum(layer.below_threshold or 0 for layer in self.layers)
         norm = max((layer.largest_norm for layer in self.layers), default=0.0)
-        return LayerSparsity("total", None, below_threshold=below, largest_norm=norm, **counts)
+        return LayerSparsity("total", None, largest_norm=norm, **counts)
 
     def __str__(self) -> str:
         rows = self._rows()
@@ -120,17 +124,19 @@ class SparsityReport:
         def share(part: int, whole: int) -> str:
             return f"{100 * part / max(whole, 1):.2f}%"
 
+        total = self.total
         below = [] if self.threshold is None else [f"below {self.threshold:g}"]
-        counts = ["on boundary", "empty columns", "unused inputs"]
-        rows = [["layer", "shape", "zeros", *below, "largest norm", *counts]]
-        for layer in (*self.layers, self.total):
+        boundary = [] if total.columns_on_boundary is None else ["on boundary"]
+        counts = ["largest norm", *boundary, "empty columns", "unused inputs"]
+        rows = [["layer", "shape", "zeros", *below, *counts]]
+        for layer in (*self.layers, total):
             row = [
                 layer.path or "(root)",
                 " x ".join(map(str, layer.shape or ())),
                 share(layer.zeros, layer.entries),
                 *(share(layer.below_threshold or 0, layer.entries) for _ in below),
                 f"{layer.largest_norm:.6g}",
-                f"{layer.columns_on_boundary} / {layer.columns}",
+                *(f"{layer.columns_on_boundary} / {layer.columns}" for _ in boundary),
                 f"{layer.empty_columns} / {layer.columns}",
                 f"{layer.unused_inputs} / {layer.inputs}",
             ]
@@ -139,52 +145,61 @@ class SparsityReport:
 
 
 def sparsity_report(
-    params: Any, *, c: Any = None, layers: Layers = None, threshold: float | None = None
+    params: Any,
+    *,
+    c: Any = None,
+    layers: Layers = None,
+    threshold: float | None = None,
+    state: Any = None,
 ) -> SparsityReport:
     """Counts zeros, norms, boundary columns, empty columns and unused inputs of every layer.
 
     Args:
-        params: Pytree of parameters.
-        c: The radius, as in :func:`keep_params_in_l1inf_ball`, read at step 0 if a schedule: then
-            only the layers it constrains are reported. ``None`` reports every layer, and takes the
-            largest norm in a layer for its radius.
+        params: Pytree of parameters, or a module that is one.
+        c: The radius, as in :func:`keep_params_in_l1inf_ball`: then only the layers it constrains
+            are reported. ``None`` reports every layer, and says of none what is on a boundary.
         layers: As in :func:`keep_params_in_l1inf_ball`. Row 0 of an ``augmented_kernel`` is taken
             for its bias; say with dimension numbers that a layer has none.
         threshold: Magnitude below which an entry is counted in a column of its own. The paper
             appears to count entries below 1e-3 as zeros.
+        state: The optimizer's state that belongs to ``params``. A schedule for ``c`` is read where
+            the last update read it; without a state, at step 0.
 
     Returns:
         The report.
 
     Raises:
-        ValueError: as :func:`keep_params_in_l1inf_ball`.
+        ValueError: as :func:`keep_params_in_l1inf_ball`; nothing in ``state`` keeps parameters in a
+            ball.
 
     Example:
         >>> import jax.numpy as jnp, l1inf_optax as l1inf
         >>> V = jnp.array([[0.0, 0.0, 0.5], [1.0, 0.0, 0.25], [0.0, 0.0, 0.0]])
-        >>> print(l1inf.sparsity_report({"hidden": {"augmented_kernel": V}}))
+        >>> print(l1inf.sparsity_report({"hidden": {"augmented_kernel": V}}, c=1.0))
         layer   shape   zeros  largest norm  on boundary  empty columns  unused inputs
         ------------------------------------------------------------------------------
         hidden  3 x 3  66.67%             1        1 / 3          1 / 3          1 / 2
         ------------------------------------------------------------------------------
         total          66.67%             1        1 / 3          1 / 3          1 / 2
     """
+    step = 0 if state is None else last_step(state)
+    leaves, _ = _layers.flatten(params)
     if c is None:
         found: list[tuple[Layer, Any]] = [
             (layer, None) for layer in _layers.find_layers(params, layers)
         ]
         for layer, _ in found:
-            _layers.check_certain(layer)
+            _layers.check_usable(layer, leaves)
     else:
         _layers.check_radii(c)
         found = _layers.constrained_layers(params, c, layers)
-    leaves, _ = _layers.flatten(params)
     return SparsityReport(
-        tuple(_count(layer, leaves, radius, threshold) for layer, radius in found), threshold
+        tuple(_count(layer, leaves, radius_at(radius, step), threshold) for layer, radius in found),
+        threshold,
     )
 
 
-def _count(layer: Layer, leaves: list[Any], radius: Any, threshold: float | None) -> LayerSparsity:
+def _count(layer: Layer, leaves: list[Any], c: Any, threshold: float | None) -> LayerSparsity:
     pieces = [np.abs(np.asarray(x, np.float64)) for x in layer.columns(leaves)]
     kernel = pieces[-1]
     itemsize = np.asarray(leaves[layer.kernels[0]]).dtype.itemsize
@@ -204,20 +219,22 @@ def _count(layer: Layer, leaves: list[Any], radius: Any, threshold: float | None
 
     v = np.concatenate([matrix(x) for x in pieces], axis=-2)
     weights = v[..., int(layer.has_bias_row or layer.bias is not None) :, :]
-    norms = v.sum(-2)
-    largest = float(norms.max(initial=0))
-    if callable(radius):
-        radius = radius(0)
-    c = largest if radius is None else np.asarray(radius, np.float64)
+    # The axes that are left keep the kernel's order, in which c is given.
+    norms = sum(x.sum(layer.reduction_axes) for x in pieces)
+    on_boundary = None
+    if c is not None:
+        check_radius(c, layer.columns_shape)
+        least = np.asarray(c, np.float64) * (1 - ON_BOUNDARY[itemsize])
+        on_boundary = int(((norms >= least) & (norms > 0)).sum())
     return LayerSparsity(
         path=layer.path,
         shape=v.shape,
         entries=v.size,
         zeros=int((v == 0).sum()),
         below_threshold=None if threshold is None else int((v < threshold).sum()),
-        largest_norm=largest,
+        largest_norm=float(norms.max(initial=0)),
         columns=norms.size,
-        columns_on_boundary=int(((norms >= c * (1 - _ON_BOUNDARY[itemsize])) & (norms > 0)).sum()),
+        columns_on_boundary=on_boundary,
         empty_columns=int((norms == 0).sum()),
         inputs=int(np.prod(weights.shape[:-1])),
         unused_inputs=int((weights == 0).all(-1).sum()),

@@ -216,6 +216,34 @@ def test_a_loop_of_updates_keeps_its_types_under_explicit_sharding():
         assert all(oracle.norm64(column) <= 1 for column in columns.T)
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_types_of_state_and_updates_stay_on_an_explicit_mesh(optimizer):
+    """As Optax asks of its own: two matrices in a stack, their rows, then their units sharded."""
+    tx = OPTIMIZERS[optimizer]()
+    where = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+
+    def types(tree):
+        return jax.tree.map(lambda x: str(jax.typeof(x)), tree)  # float16[2,8@x,16]
+
+    def traced(function, *args):
+        seen = []
+        jax.eval_shape(lambda *args: seen.append(types(function(*args))), *args)
+        return seen[0]
+
+    for kernel, bias in ((P(None, "x", None), P()), (P(None, None, "x"), P(None, "x"))):
+        with jax.set_mesh(where):
+            params = {
+                "kernel": jnp.ones(
+                    (2, 8, 16), jnp.float16, out_sharding=NamedSharding(where, kernel)
+                ),
+                "bias": jnp.ones((2, 16), jnp.float16, out_sharding=NamedSharding(where, bias)),
+            }
+            state = tx.init(params)
+            expected = types((params, state))
+            assert traced(tx.init, params) == expected[1]
+            assert traced(tx.update, params, state, params) == expected
+
+
 class Block(nn.Module):
     """A transformer of one layer that tells the next token."""
 
@@ -226,6 +254,16 @@ class Block(nn.Module):
         x = x + attended(nn.LayerNorm()(x), mask=nn.make_causal_mask(tokens))
         hidden = nn.Dense(64, name="up")(nn.LayerNorm()(x))
         return nn.Dense(16, name="readout")(x + nn.Dense(32, name="down")(nn.relu(hidden)))
+
+
+def test_adafactor_starts_on_an_explicit_mesh():
+    where = mesh("explicit")
+    with jax.set_mesh(where):
+        params = placed(tree(0), where, "both")
+        state = l1inf.constrain(optax.adafactor(1e-2), 1.0).init(params)
+    assert jax.tree.structure(state.inner_state) == jax.tree.structure(
+        optax.adafactor(1e-2).init(tree(0))
+    )
 
 
 def test_a_transformer_trains_under_fsdp():

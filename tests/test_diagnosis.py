@@ -4,11 +4,13 @@ import doctest
 import html.parser
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -48,6 +50,10 @@ def masked_without_bias():
     return optax.masked(KEEP, mask).init(PARAMS)
 
 
+def with_table():
+    return {**PARAMS, "Embed_0": {"embedding": jnp.ones((9, 4))}}
+
+
 def train_state():
     return TrainState.create(apply_fn=None, params=PARAMS, tx=optax.adam(1e-3))
 
@@ -59,7 +65,12 @@ ERRORS = {
         PARAMS, {"*": 1.0, "readout": None}
     ),
     "c is not positive": lambda: l1inf.keep_params_in_l1inf_ball(0.0),
+    "c is no number": lambda: l1inf.keep_params_in_l1inf_ball("1.0"),
     "c is a list": lambda: l1inf.project_params(PARAMS, [1.0, 2.0]),
+    "c is a tree": lambda: l1inf.project_params(PARAMS, {"params": {"hidden_0": 1.0}}),
+    "c names what is no layer": lambda: l1inf.project_params(
+        with_table(), {"hidden_*": 1.0, "Embed_0": 1.0}
+    ),
     "integer weights": lambda: KEEP.init(jax.tree.map(lambda x: x.astype(int), PARAMS)),
     "names of your own": lambda: l1inf.project_params({"W1": jnp.ones((3, 2))}, 1.0),
     "axes in doubt": lambda: l1inf.project_params({"conv": {"kernel": jnp.ones((3, 2, 4))}}, 1.0),
@@ -68,12 +79,30 @@ ERRORS = {
         GRADS, KEEP.init(PARAMS), PARAMS
     ),
     "arguments in another order": lambda: KEEP.update(GRADS, PARAMS, PARAMS),
+    "c before the parameters": lambda: l1inf.project_params(1.0, PARAMS),
+    "the transformation is not first": lambda: l1inf.diagnose(PARAMS, SGD, C),
+    "a pytree for an array": lambda: l1inf.projection_l1inf_ball(PARAMS, 1.0),
+    "zeros held from a fraction": lambda: l1inf.keep_params_in_l1inf_ball(1.0, hold_zeros_from=0.8),
+    "zeros held from a negative number": lambda: l1inf.keep_params_in_l1inf_ball(
+        1.0, hold_zeros_from=-1
+    ),
     "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
     "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),
+    "empty parameters": lambda: KEEP.init({}),
+    "two leaves of one path": lambda: KEEP.init(
+        {"a/b": {"w": jnp.ones((3, 2))}, "a": {"b": {"w": jnp.ones((3, 2))}}}
+    ),
     "constrain around a projection": lambda: l1inf.constrain(SGD, C).init(PARAMS),
     "an optimizer without a metric": lambda: l1inf.constrain(optax.lion(1e-3), C).init(PARAMS),
     "half a layer masked": masked_without_bias,
 }
+
+# What others raise, or nobody: `test_conformance`, `test_nnx` and `test_linen` make these.
+OF_OTHERS = (
+    "gradients narrower than the parameters",
+    "norms and lora around a layer",
+    "export to onnx",
+)
 
 
 def applied_twice():
@@ -90,10 +119,39 @@ def after(*links):
     return optax.chain(optax.sgd(0.1), KEEP, *links)
 
 
+def later(updates):
+    """The state after so many updates."""
+    return (*SGD.init(PARAMS)[:-1], KEEP.init(PARAMS)._replace(step=jnp.int32(updates)))
+
+
+def projected_to(c):
+    """Columns that differ, all with the norm c."""
+    entries = jnp.array([1, 2, 4, 8])
+    kernel = jnp.where(jnp.arange(8)[:, None] < entries, c / entries, 0)
+    return {"kernel": kernel, "bias": jnp.zeros(4)}
+
+
+def held_from(start, **kwargs):
+    return l1inf.diagnose(
+        l1inf.keep_params_in_l1inf_ball(C, hold_zeros_from=start), PARAMS, C, **kwargs
+    )
+
+
+def scheduled(schedule, **kwargs):
+    c = {"hidden_*": schedule}
+    return l1inf.diagnose(l1inf.keep_params_in_l1inf_ball(c), PARAMS, c, **kwargs)
+
+
 DEEP = {"Dense_*": 0.05}
 FINDINGS = {
     "not kept": lambda: l1inf.diagnose(optax.sgd(0.1), PARAMS, C),
     "not last": lambda: l1inf.diagnose(after(optax.add_decayed_weights(1e-4)), PARAMS, C),
+    "another c": lambda: l1inf.diagnose(SGD, PARAMS, {"hidden_*": 2.0}),
+    "projected to another c": lambda: l1inf.diagnose(SGD, with_hidden_0(projected_to(0.5)), C),
+    "c falls to 0": lambda: scheduled(optax.linear_schedule(1.0, 0.0, 1000)),
+    "zeros held from the start": lambda: held_from(0),
+    "zeros never held": lambda: held_from(1000, steps=200),
+    "few zeros": lambda: l1inf.diagnose(SGD, PARAMS, C, state=later(1000)),
     "wrong optimizer": lambda: l1inf.diagnose(optax.chain(optax.adam(1e-3), KEEP), PARAMS, C),
     "output layer": lambda: l1inf.diagnose(l1inf.keep_params_in_l1inf_ball(1.0), PARAMS, 1.0),
     "starts outside": lambda: l1inf.diagnose(SGD, with_hidden_0(layer(8, 4, 1.0)), C),
@@ -148,7 +206,7 @@ def test_the_example_on_the_page_runs():
 
 def test_the_page_has_no_other_entries():
     headings = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
-    assert [h.replace("`", "").lower() for h in headings] == [*ERRORS, *FINDINGS]
+    assert [h.replace("`", "").lower() for h in headings] == [*ERRORS, *OF_OTHERS, *FINDINGS]
 
 
 # --- no false alarms ------------------------------------------------------------------------------
@@ -249,6 +307,108 @@ def test_a_projection_that_is_last_inside_a_wrapper_is_well(tx):
 
 def names_found(*args, **kwargs):
     return [finding.name for finding in l1inf.diagnose(*args, **kwargs).findings]
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.MultiSteps(SGD, 2),
+        optax.partition(
+            {"ball": SGD, "free": optax.adam(1e-3)},
+            {"hidden_0": "ball", "hidden_1": "ball", "readout": "free"},
+        ),
+        l1inf.constrain(optax.adam(1e-3), C),
+    ],
+    ids=["MultiSteps", "partition", "constrain"],
+)
+def test_another_c_than_that_of_the_transformation_is_found_inside(tx):
+    assert names_found(tx, PARAMS, {"hidden_*": 1.5}) == ["another c"]
+
+
+def test_another_schedule_than_that_of_the_transformation_is_found():
+    c, other = ({"hidden_*": optax.linear_schedule(1.0, end, 50)} for end in (0.5, 0.4))
+    tx = l1inf.keep_params_in_l1inf_ball(c)
+    assert names_found(tx, PARAMS, other) == ["another c"]
+    assert names_found(tx, PARAMS, {"hidden_*": 1.0}) == ["another c"]
+    assert names_found(KEEP, PARAMS, c) == ["another c"]
+
+
+def test_the_same_c_written_differently_is_well():
+    nothing_wrong(SGD, PARAMS, {"hidden_0": jnp.float32(1), "hidden_1": jnp.ones(4)})
+    again, c = ({"hidden_*": optax.linear_schedule(1.0, 0.5, 50)} for _ in range(2))
+    nothing_wrong(l1inf.keep_params_in_l1inf_ball(c), PARAMS, again)
+
+
+def test_a_c_that_is_injected_is_not_guessed():
+    tx = optax.inject_hyperparams(lambda c: l1inf.keep_params_in_l1inf_ball({"hidden_*": c}))(c=1.0)
+    nothing_wrong(tx, PARAMS, C)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "end"),
+    [
+        (optax.linear_schedule(1.0, -1.0, 1000), "0 at step 500"),
+        (optax.cosine_decay_schedule(1.0, 300), "0 at step 300"),
+        (lambda step: 1.0 - 1e-6 * step, "0 at step 1000000"),
+    ],
+    ids=["negative", "cosine", "late"],
+)
+def test_a_schedule_that_leaves_no_ball_is_found_where_it_does(schedule, end):
+    (finding,) = scheduled(schedule).findings
+    assert (finding.name, finding.severity) == ("c falls to 0", "error")
+    assert f"gives {end}" in finding.cause
+
+
+def test_a_schedule_that_ends_after_the_last_update_is_well():
+    schedule = optax.linear_schedule(1.0, 0.0, 1000)
+    assert not scheduled(schedule, steps=1000).findings
+    assert [f.name for f in scheduled(schedule, steps=1001).findings] == ["c falls to 0"]
+    assert not scheduled(optax.exponential_decay(1.0, 100, 0.5)).findings
+
+
+def test_zeros_are_missed_only_after_training_and_in_every_layer():
+    def found(updates, params=PARAMS, **kwargs):
+        return names_found(SGD, params, C, state=later(updates), **kwargs)
+
+    assert found(5) == found(99) == found(1000, steps=2000) == []
+    assert found(1000, with_hidden_0(projected_to(1.0))) == [], "this layer is sparse"
+    assert found(2000, steps=2000) == ["few zeros"]
+
+
+def test_zeros_that_are_held_later_or_beside_biases_are_well():
+    assert not held_from(1).findings
+    assert not held_from(199, steps=200).findings
+    params = jax.tree.map(lambda x: x if x.ndim > 1 else x + 0.01, PARAMS)
+    params = l1inf.project_params(params, C)
+    nothing_wrong(l1inf.constrain(optax.adam(1e-3), C, hold_zeros_from=0), params, C)
+
+
+def test_of_weights_that_are_all_zero_only_the_dead_units_are_found():
+    params = {**PARAMS, "hidden_0": layer(8, 4, 0.0), "hidden_1": layer(4, 4, 0.0)}
+    assert names_found(SGD, params, C) == ["dead units"]
+
+
+def test_columns_that_are_alike_from_the_start_were_not_projected():
+    params = with_hidden_0(layer(8, 4, 0.08))
+    nothing_wrong(SGD, params, C)
+
+
+@pytest.mark.parametrize("start", [0.5, 10.0, True, "10", jnp.float32(3), np.ones(2, int)])
+def test_zeros_are_held_from_a_whole_number(start):
+    for make in (l1inf.keep_params_in_l1inf_ball, partial(l1inf.constrain, optax.sgd(0.1))):
+        with pytest.raises(ValueError, match=r"hold_zeros_from=.* is no whole number"):
+            make(1.0, hold_zeros_from=start)
+
+
+@pytest.mark.parametrize("start", [None, 0, 10, np.int64(10), jnp.int32(10)])
+def test_zeros_may_be_held_from_whole_numbers_of_any_kind(start):
+    l1inf.keep_params_in_l1inf_ball(1.0, hold_zeros_from=start)
+
+
+@pytest.mark.parametrize("steps", [0, -5])
+def test_a_number_of_steps_that_is_not_positive_is_an_error(steps):
+    with pytest.raises(ValueError, match=f"steps={steps}: give the number of updates"):
+        l1inf.diagnose(SGD, PARAMS, C, steps=steps)
 
 
 @pytest.mark.parametrize(

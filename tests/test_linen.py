@@ -257,6 +257,45 @@ def test_stacked_layers_name_their_new_axis():
     assert nn.get_partition_spec(variables)["params"] == {NAME: P("layers", "embed", "mlp")}
 
 
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+def test_norms_of_flax_around_a_layer_do_what_its_docstring_says(wrapper):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = linen.AugmentedDense(4, name="hidden", bias_init=NORMAL)
+            if wrapper is nn.SpectralNorm:
+                return nn.SpectralNorm(layer, n_steps=50)(x, update_stats=True)
+            return nn.WeightNorm(layer)(x)
+
+    x = normal((5, 3))
+    variables = Model().init(jax.random.key(0), x)
+    matrix = normal((4, 4), seed=2)
+    variables["params"]["hidden"][NAME] = matrix
+    out, _ = Model().apply(variables, x, mutable=["batch_stats"])
+    columns = wrapper is nn.WeightNorm
+    divisor = np.linalg.norm(matrix, axis=0) if columns else np.linalg.norm(matrix, 2)
+    expected = np.hstack([np.ones((5, 1)), x]) @ (np.asarray(matrix) / divisor)
+    np.testing.assert_allclose(out, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "axes"),
+    [
+        pytest.param(linen.AugmentedDense(4), "b, 3", id="dense"),
+        pytest.param(linen.AugmentedDense(4), "b, t, 3", id="dense, two axes"),
+        pytest.param(linen.AugmentedConv(4, 3), "b, 9, 3", id="conv"),
+    ],
+)
+def test_layers_are_exported_for_batches_of_any_size(layer, axes):
+    variables = layer.init(jax.random.key(0), jnp.ones((2, 9, 3)))
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(axes), jnp.float32)
+    exported = jax.export.export(jax.jit(layer.apply))(variables, x)
+    shape = tuple(n if isinstance(n, int) else 2 for n in x.shape)
+    np.testing.assert_allclose(
+        exported.call(variables, normal(shape)), layer.apply(variables, normal(shape)), rtol=1e-6
+    )
+
+
 def products(layer, shape, primitive):
     variables = layer.init(jax.random.key(0), jnp.ones(shape))
     jaxpr = jax.make_jaxpr(layer.apply)(variables, jnp.ones(shape))

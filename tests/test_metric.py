@@ -13,7 +13,7 @@ import scipy.optimize
 import scipy.special
 
 import l1inf_optax as l1inf
-from l1inf_optax import _metric
+from l1inf_optax import _layers, _metric
 from tests import oracle
 
 C = 0.7
@@ -43,7 +43,10 @@ def steps(optimizer, n, params):
     for seed in range(n):
         before, grads = after, some_grads(seed, params)
         updates, after = optimizer.update(grads, before, params)
-    slopes = _metric.slopes(optimizer, before, after, grads, updates, params, {})
+    layers = _layers.find_layers(params)
+    slopes = _metric.slopes(optimizer, before, after, grads, updates, params, {}, layers)
+    if slopes is None:
+        slopes = jax.tree.map(jnp.ones_like, params)
     return before, after, grads, updates, slopes
 
 
@@ -88,6 +91,18 @@ FORMULAS = {
         optax.adafactor(0.1, multiply_by_parameter_scale=False, clipping_threshold=None),
         lambda s, t: np.sqrt(s["v"]),
     ),
+    "adan": (
+        optax.adan(0.1),
+        lambda s, t: np.sqrt(corrected(s["n"], t, 0.99) + 1e-8) + 1e-8,
+    ),
+    "ademamix": (
+        optax.contrib.ademamix(0.1),
+        lambda s, t: np.sqrt(corrected(s["nu"], t)) + 1e-8,
+    ),
+    "simplified_ademamix": (
+        optax.contrib.simplified_ademamix(0.1, b2=0.9),
+        lambda s, t: np.sqrt(corrected(s["n"], t, 0.9)) + 1e-8,
+    ),
     "sgd": (optax.sgd(0.1, momentum=0.9), lambda s, t: 1.0),
 }
 
@@ -102,8 +117,8 @@ def test_it_is_the_preconditioner_of_the_step_just_taken(name, t):
     for leaf in ("kernel", "bias"):
         state = {
             field: np.asarray(getattr(after[0], field)["layer"][leaf], np.float64)
-            for field in getattr(after[0], "_fields", ())
-            if field not in ("count", "trace")
+            for field in ("mu", "nu", "nu_max", "n", "v", "sum_of_squares")
+            if hasattr(after[0], field)
         }
         weights = formula(state, t)
         ratios.append((weights * np.asarray(slopes["layer"][leaf], np.float64)).ravel())
@@ -259,24 +274,182 @@ def unheard_of(rate=0.02):
     return optax.GradientTransformation(init, update)
 
 
+def with_weights(like):
+    """A link of one's own that scales entries by constants, and has no state to say so."""
+    weights = jax.tree.map(lambda x: jnp.linspace(1, 9, x.size).reshape(x.shape), like)
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, weights))
+
+
+FIT_NO_METRIC = {
+    "centralize": optax.chain(optax.centralize(), ADAM),
+    "centralize_and_sgd": optax.chain(optax.centralize(), optax.sgd(0.1)),
+    "centralize_after": optax.chain(ADAM, optax.centralize()),
+    "centralize_in_apply_if_finite": optax.apply_if_finite(
+        optax.chain(optax.centralize(), ADAM), 3
+    ),
+    "centralize_in_MultiSteps": optax.MultiSteps(
+        optax.chain(optax.centralize(), ADAM), 400
+    ).gradient_transformation(),
+    "centralize_and_noise": optax.chain(
+        optax.centralize(), optax.add_noise(0.1, 0.55, jax.random.key(0)), ADAM
+    ),
+    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+    "adaptive_grad_clip_after": optax.chain(ADAM, optax.adaptive_grad_clip(0.01)),
+    "clip_by_block_rms": optax.chain(optax.clip_by_block_rms(1.0), ADAM),
+    "clip_after": optax.chain(optax.scale_by_adam(), optax.clip(0.5), optax.scale(-0.1)),
+    "tanh_after": optax.chain(
+        optax.scale_by_adam(),
+        optax.stateless_with_tree_map(lambda u, _: jnp.tanh(u)),
+        optax.scale(-0.1),
+    ),
+    "weights": optax.chain(optax.sgd(0.1), with_weights(some_params())),
+    "times_parameters": optax.chain(
+        ADAM, optax.stateless_with_tree_map(lambda u, p: u * jnp.abs(p))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIT_NO_METRIC)
+def test_a_link_that_leaves_no_metric_is_an_error_that_says_what_to_write(name):
+    remedy = r"in front: optax\.chain\(optax\.centralize\(\), l1inf\.constrain\(optax\.adam"
+    with pytest.raises(ValueError, match=f"a link mixes entries.*{remedy}.*metric=f"):
+        l1inf.constrain(FIT_NO_METRIC[name], C).init(some_params())
+
+
+CHANGE_THE_GRADIENT = {
+    "centralize": optax.centralize(),
+    "adaptive_grad_clip": optax.adaptive_grad_clip(0.01),
+    "clip_by_global_norm": optax.clip_by_global_norm(0.01),
+}
+
+
+@pytest.mark.parametrize("name", CHANGE_THE_GRADIENT)
+def test_in_front_they_leave_adams_own_metric(name):
+    def adams(state, params):
+        del params
+        nu, count = (optax.tree.get(state, x) for x in ("nu", "count"))
+        return jax.tree.map(lambda v: jnp.sqrt(v / (1 - 0.999**count)) + 1e-8, nu)
+
+    link = CHANGE_THE_GRADIENT[name]
+    got = train(optax.chain(link, l1inf.constrain(ADAM, C)))
+    chex.assert_trees_all_close(
+        got, train(l1inf.constrain(optax.chain(link, ADAM), C, metric=adams)), atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["clip", "clip_by_global_norm"])
+def test_a_clip_that_binds_is_the_same_inside_and_in_front(name):
+    link = getattr(optax, name)(0.05)
+    chex.assert_trees_all_close(
+        train(l1inf.constrain(optax.chain(link, ADAM), C)),
+        train(optax.chain(link, l1inf.constrain(ADAM, C))),
+        atol=2e-6,
+    )
+
+
+def test_leaves_that_a_link_scales_are_projected_by_their_factors():
+    params, rates = some_params(), {"kernel": 3e-3, "bias": 1e-3}
+    grads = some_grads(1, params)
+    factors = {
+        k: rates[k] * float(jnp.linalg.norm(params["layer"][k]) / jnp.linalg.norm(g))
+        for k, g in grads["layer"].items()
+    }
+    sgd = optax.partition(
+        {k: optax.sgd(r) for k, r in rates.items()}, {"layer": {k: k for k in rates}}
+    )
+    after = train_once(
+        l1inf.constrain(optax.chain(optax.scale_by_trust_ratio(), sgd), C), params, grads
+    )
+    check_projection(params, grads, after, {k: 1 / r for k, r in factors.items()}, factors)
+
+
+def test_positive_parameters_stay_positive_in_the_ball():
+    tx = l1inf.constrain(optax.chain(ADAM, optax.keep_params_nonnegative()), C)
+    params = jax.tree.map(jnp.abs, some_params())
+    got = train(tx, params=params)["layer"]
+    assert all((x >= 0).all() for x in got.values())
+    assert (got["kernel"].sum(0) + got["bias"] <= C).all()
+    assert ((got["kernel"] > 0).sum(0) > 1).all()
+
+
 @pytest.mark.parametrize(
     ("optimizer", "said"),
     [
-        (unheard_of(), "Unheard"),
-        (optax.lion(0.1), "ScaleByLionState"),
-        (optax.contrib.muon(0.1), "MuonState"),
-        (optax.sign_sgd(0.1), "sign-SGD"),
-        (optax.chain(optax.clip(1.0), optax.sign_sgd(0.1)), "sign-SGD"),
+        pytest.param(
+            unheard_of(),
+            "does not know Unheard.*metric=f.*neutral=.Unheard,.*all entries scaled alike",
+            id="unheard_of",
+        ),
+        pytest.param(optax.sign_sgd(0.1), "sign-SGD", id="sign_sgd"),
+        pytest.param(optax.chain(optax.clip(1.0), optax.sign_sgd(0.1)), "sign-SGD", id="clipped"),
     ],
 )
 def test_auto_never_guesses(optimizer, said):
-    with pytest.raises(ValueError, match=rf"metric='auto'.*{said}.*metric='euclidean'.*function"):
+    with pytest.raises(ValueError, match=rf"metric='auto'.*{said}"):
         l1inf.constrain(optimizer, C).init(some_params())
+
+
+class Watched(NamedTuple):
+    largest: jax.Array
+
+
+def watch(factor):
+    """Keeps the largest update that it has seen, and scales updates; by the entry if it may."""
+
+    def update(updates, state, params=None):
+        del params
+        top = jnp.max(jnp.stack([jnp.abs(u).max() for u in jax.tree.leaves(updates)]))
+        return jax.tree.map(factor, updates), Watched(jnp.maximum(state.largest, top))
+
+    return optax.GradientTransformation(lambda params: Watched(jnp.zeros([])), update)
+
+
+def test_a_state_of_ones_own_is_neutral_if_one_says_so():
+    params = some_params()
+    watched = optax.chain(watch(lambda u: 2 * u), optax.adam(0.01), watch(lambda u: 2 * u))
+    with pytest.raises(ValueError, match=r"does not know Watched.*neutral=\(Watched,\)"):
+        l1inf.constrain(watched, C).init(params)
+    got = train(l1inf.constrain(watched, C, neutral=(Watched,)))
+    chex.assert_trees_all_close(got, train(l1inf.constrain(ADAM, C)), atol=2e-6)
+
+
+def test_a_state_that_is_said_to_be_neutral_is_tried_all_the_same():
+    crooked = watch(lambda u: u * jnp.arange(1.0, 1 + u.shape[-1]))
+    with pytest.raises(ValueError, match="a link mixes entries"):
+        l1inf.constrain(optax.chain(optax.sgd(0.1), crooked), C, neutral=(Watched,)).init(
+            some_params()
+        )
 
 
 def test_an_unknown_metric_is_an_error():
     with pytest.raises(ValueError, match=r"metric='l2' is unknown: use 'auto', 'euclidean'"):
         l1inf.constrain(ADAM, C, metric="l2")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(
+            lambda: l1inf.constrain(optax.adam, C),
+            r"optimizer=adam is a function that makes one: call it, as in adam\(1e-3\)",
+            id="not_called",
+        ),
+        pytest.param(
+            lambda: l1inf.constrain(C, ADAM), r"optimizer=0\.7 is no optimizer.*first", id="order"
+        ),
+        pytest.param(
+            lambda: l1inf.constrain(ADAM, ADAM), "c is an optimizer.*constrain", id="c_is_one"
+        ),
+        pytest.param(
+            lambda: l1inf.keep_params_in_l1inf_ball(ADAM),
+            r"c is an optimizer.*optax\.chain\(optimizer, keep_params_in_l1inf_ball\(c\)\)",
+            id="keep_params_of_an_optimizer",
+        ),
+    ],
+)
+def test_an_optimizer_in_the_wrong_place_is_an_error_that_names_the_right_one(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
 
 
 def test_forgotten_params_are_an_error():
@@ -341,6 +514,82 @@ def test_other_arguments_reach_the_optimizer():
     params = some_params()
     updates, _ = tx.update(params, tx.init(params), params, factor=0.5)
     chex.assert_trees_all_close(updates, jax.tree.map(lambda p: -0.5 * p, params))
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "nadamw", "adamaxw", "lamb", "lars", "adafactor", "decayed_sgd"]
+)
+def test_shapes_are_enough_to_start_from(name):
+    if name == "decayed_sgd":
+        optimizer = optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.1))
+    else:
+        optimizer = getattr(optax, name)(0.1)
+    tx, params = l1inf.constrain(optimizer, C), some_params()
+    shapes = jax.eval_shape(lambda: params)
+    expected = jax.tree.map(lambda x: (x.shape, x.dtype), tx.init(params))
+    for state in (tx.init(shapes), jax.eval_shape(tx.init, params)):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == expected
+
+
+def test_an_optimizer_with_a_traced_learning_rate_can_be_made_under_jit():
+    params = some_params()
+
+    def once(rate):
+        tx = l1inf.constrain(optax.chain(optax.clip(1.0), optax.sgd(rate)), C)
+        return train_once(tx, params, some_grads(0, params))
+
+    tx = l1inf.constrain(optax.sgd(0.1), C)
+    expected = train_once(tx, params, jax.tree.map(lambda g: g.clip(-1, 1), some_grads(0, params)))
+    chex.assert_trees_all_close(jax.jit(once)(0.1), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["polyak_sgd", "backtracking", "reduce_on_plateau"])
+def test_optimizers_that_are_told_the_loss_are_constrained(name):
+    link = {
+        "polyak_sgd": optax.polyak_sgd(),
+        "backtracking": optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(9)),
+        "reduce_on_plateau": optax.chain(ADAM, optax.contrib.reduce_on_plateau(patience=1)),
+    }[name]
+    tx, params = l1inf.constrain(link, C), l1inf.project_params(some_params(), C)
+    target = jax.tree.map(lambda x: x + 0.1, params)
+
+    def loss(params):
+        return optax.tree.norm(optax.tree.sub(params, target), squared=True)
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    state, start = tx.init(params), loss(params)
+    for _ in range(8):
+        params, state = step(params, state)
+    assert loss(params) < 0.9 * start
+    layer = {k: np.abs(np.asarray(x, np.float64)) for k, x in params["layer"].items()}
+    assert (layer["kernel"].sum(0) + layer["bias"] <= C).all()
+
+
+def test_arguments_that_only_the_user_knows_are_named():
+    def update(updates, state, params=None, *, factor, **extra):
+        del params, extra
+        return jax.tree.map(lambda g: -factor * g, updates), state
+
+    inner = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    with pytest.raises(ValueError, match=r"'factor'.*metric=f.*metric='euclidean'"):
+        l1inf.constrain(inner, C).init(some_params())
+
+
+def test_lookahead_goes_around():
+    tx = optax.lookahead(l1inf.constrain(ADAM, C), 3, 0.5)
+    start = l1inf.project_params(some_params(), C)
+    params = optax.LookaheadParams.init_synced(start)
+    state = tx.init(params)
+    for seed in range(6):
+        updates, state = tx.update(some_grads(seed, start), state, params)
+        params = optax.apply_updates(params, updates)
+        columns = jnp.vstack([params.slow["layer"]["bias"], params.slow["layer"]["kernel"]])
+        assert l1inf.l1inf_norm(columns) <= C * (1 + 1e-6)
 
 
 def test_orbax_restores_the_state(tmp_path):

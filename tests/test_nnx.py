@@ -145,12 +145,98 @@ def test_kernel_and_bias_read_the_matrix_as_it_is_now():
     assert l1inf_nnx.AugmentedLinear(2, 4, use_bias=False, rngs=nnx.Rngs(0)).bias is None
 
 
+# What is done with a parameter: a function of a matrix and of one like it.
+USES = {
+    "shape, ndim, dtype, size": lambda w: (*w.shape, w.ndim, w.dtype == jnp.float32, w.size),
+    "methods": lambda w: (w.T, w.mean(0), w.astype(jnp.float16), w.at[0].set(7.0)),
+    "np.asarray": lambda w: (np.asarray(w), np.asarray(w, np.float64), np.array(w)),
+    "numpy functions": lambda w: (np.abs(w), np.sum(w), np.linalg.norm(w), np.add.reduce(w)),
+    "jnp functions": lambda w: (jnp.asarray(w), jnp.abs(w), jnp.sum(w), jnp.stack([w, w])),
+    "arithmetic": lambda w: (w + 1, 2 - w, w * w, -w, w / 3, w**2, abs(w), divmod(w, 2)),
+    "products": lambda w: (w @ jnp.ones(4), np.ones((2, 3)) @ w, jnp.ones((2, 3)) @ w, w.T @ w),
+    "comparisons": lambda w: (w == w, w > 0, w != 0),
+    "indices": lambda w: (w[0], w[...], w[:, 1:], len(w), list(w)[1]),
+    "a pytree": lambda w: (jax.tree.leaves(w), jax.jit(lambda w: w * 2)(w), optax.tree.norm(w)),
+    "derivatives": lambda w: jnp.asarray(jax.grad(lambda w: jnp.sum(w * w))(w)),
+    "copies": lambda w: (jnp.asarray(copy.deepcopy(w)), jnp.asarray(jax.device_get(w))),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_kernel_behaves_like_the_array_of_a_flax_parameter(use):
+    layer = l1inf_nnx.AugmentedLinear(3, 4, bias_init=NORMAL, rngs=nnx.Rngs(0))
+    array = jnp.asarray(np.asarray(layer.augmented_kernel[...])[1:])
+    for got, expected in zip(
+        *map(jax.tree.leaves, (USES[use](layer.kernel), USES[use](array))), strict=True
+    ):
+        assert isinstance(got, jax.Array) or not isinstance(expected, jax.Array)
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_bias_is_an_array_with_a_value():
+    layer = l1inf_nnx.AugmentedLinear(3, 4, bias_init=NORMAL, rngs=nnx.Rngs(0))
+    row = np.asarray(layer.augmented_kernel[...])[0]
+    assert layer.bias.shape == (4,)
+    for value in (layer.bias.value, layer.bias.get_value(), layer.bias[...], layer.bias + 0):
+        assert isinstance(value, jax.Array)
+        np.testing.assert_array_equal(value, row)
+    assert float(layer.bias[2]) == row[2]
+    assert "View(" in repr(layer.bias)
+
+
 def test_writing_to_kernel_or_bias_is_refused():
     layer = l1inf_nnx.AugmentedLinear(2, 4, rngs=nnx.Rngs(0))
-    with pytest.raises(TypeError):
-        layer.kernel[...] = jnp.zeros((2, 4))
-    with pytest.raises(AttributeError):
-        layer.bias.value = jnp.zeros(4)
+    before = np.asarray(layer.augmented_kernel[...])
+    kernel = bias = jnp.ones(())
+
+    def assign(layer):
+        layer.kernel = nnx.Param(kernel)
+
+    def add(layer):
+        layer.bias += 1
+
+    def set_item(layer):
+        layer.kernel[...] = kernel
+
+    def set_attribute(layer):
+        layer.bias.value = bias
+
+    def set_value(layer):
+        layer.bias.set_value(bias)
+
+    def update(layer):
+        nnx.update(layer, {"kernel": kernel})
+
+    for write in (assign, add, set_item, set_attribute, set_value, update):
+        with pytest.raises((AttributeError, TypeError), match="write to the matrix"):
+            write(layer)
+    np.testing.assert_array_equal(layer.augmented_kernel[...], before)
+    assert param_shapes(layer).keys() == {NAME}
+
+
+def test_norms_of_flax_around_a_layer_do_what_its_docstring_says():
+    def layer():
+        return l1inf_nnx.AugmentedLinear(3, 4, bias_init=NORMAL, rngs=nnx.Rngs(0))
+
+    x, before = normal((5, 3)), np.asarray(layer().augmented_kernel[...])
+    both = nnx.PathContains(NAME)
+    wrapped = [
+        nnx.WeightNorm(layer(), rngs=nnx.Rngs(1)),
+        nnx.WeightNorm(layer(), variable_filter=both, rngs=nnx.Rngs(1)),
+        nnx.SpectralNorm(layer(), n_steps=50, rngs=nnx.Rngs(1)),
+    ]
+    lengths = np.linalg.norm(before, axis=0), np.linalg.norm(before, 2)
+    for model, divisor in zip(wrapped, (1, *lengths), strict=True):
+        expected = np.hstack([np.ones((5, 1)), x]) @ (before / divisor)
+        np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_adds_to_the_layer():
+    layer = l1inf_nnx.AugmentedLinear(3, 4, bias_init=NORMAL, rngs=nnx.Rngs(0))
+    wrapped = nnx.LoRA(3, 2, 4, base_module=layer, b_initializer=NORMAL, rngs=nnx.Rngs(1))
+    x = normal((5, 3))
+    expected = layer(x) + x @ wrapped.lora_a[...] @ wrapped.lora_b[...]
+    np.testing.assert_allclose(wrapped(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_layers_split_merge_and_copy():

@@ -243,6 +243,50 @@ def test_a_column_does_not_depend_on_its_neighbours():
     np.testing.assert_array_equal(alone[:, kept], together[:, kept])
 
 
+def radii_of_every_dtype(shape):
+    """The number 2 as Python, NumPy and JAX hold it, of every dtype there is."""
+    names = [
+        *("float8_e4m3fn", "float8_e5m2", "float16", "bfloat16", "float32", "float64"),
+        *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    ]
+    arrays = [np.full(shape, 2, jnp.dtype(name)) for name in names]
+    return [
+        *arrays,
+        *(map(jnp.asarray, arrays)),
+        *([] if shape else [2, 2.0, *(a[()] for a in arrays)]),
+    ]
+
+
+def check_radii_of_every_dtype(dtypes):
+    expected = [[2.0, 0.5], [0.0, 0.25]]
+    for dtype in dtypes:
+        x = jnp.array([[3.0, 0.5], [1.0, 0.25]], dtype)
+        for c in [*radii_of_every_dtype(()), *radii_of_every_dtype((2,))]:
+            w = l1inf.projection_l1inf_ball(x, c)
+            assert w.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(w, np.float64), expected, f"{c!r}")
+    for c in map(jnp.asarray, radii_of_every_dtype(())):  # traced; the values are tested below
+        w = jax.eval_shape(l1inf.projection_l1inf_ball, x, c)
+        assert (w.shape, w.dtype) == (x.shape, x.dtype)
+
+
+def test_a_radius_of_any_dtype_is_its_value():
+    check_radii_of_every_dtype([jnp.float32, jnp.bfloat16])
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_radius_of_any_dtype_is_its_value_in_64_bits_too():
+    check_radii_of_every_dtype([jnp.float32, jnp.float64])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_traced_16_bit_radius_is_its_value(dtype, method):
+    x = jnp.array([[3.0, 0.5], [1.0, 0.25]])
+    project = jax.jit(functools.partial(l1inf.projection_l1inf_ball, method=method))
+    np.testing.assert_array_equal(project(x, dtype(2)), [[2.0, 0.5], [0.0, 0.25]])
+
+
 @pytest.mark.parametrize("c", [259, np.int64(259), jnp.int32(259), jnp.uint8(200)])
 def test_an_integer_radius_is_a_radius(c):
     w = l1inf.projection_l1inf_ball(jnp.full((1, 1), 300.0), c)
@@ -627,8 +671,13 @@ X = np.ones((3, 2), np.float32)
         ((X, 0.0), {}, ("c=0.0", "not positive")),
         ((X, -1), {}, ("c=-1", "not positive")),
         ((X, np.nan), {}, ("c=nan", "not positive")),
-        ((X, None), {}, ("c=None", "not positive")),
-        ((X, "1"), {}, ("c='1'", "not positive")),
+        ((X, None), {}, ("c=None", "a NoneType, not a number")),
+        ((X, "1.0"), {}, ("c='1.0'", "a str, not a number")),
+        ((X, 1j), {}, ("c=1j", "a complex, not a number")),
+        ((X, {"w": X}), {}, ("a dict, not a number",)),
+        (({"w": X}, 1.0), {}, ("x is a dict", "project_params(params, c)")),
+        ((object(), 1.0), {}, ("x is a object", "project_params(params, c)")),
+        ((X, -np.ones((200, 2))), {}, ("c=float64[200,2] is not positive",)),
         ((X, np.array([1.0, -1.0])), {}, ("c=", "not positive")),
         ((X, jnp.array(-2.0)), {}, ("c=", "-2", "not positive")),
         ((X, np.ones(3)), {}, ("c has shape (3,)", "(2,)")),

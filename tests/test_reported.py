@@ -362,9 +362,6 @@ def test_kernels_that_are_no_real_floats_are_refused_by_name_or_left_alone(dtype
     assert inside(projected["out"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a report without c reads dtypes that it has no precision for"
-)
 @pytest.mark.parametrize(
     "dtype", [jnp.int8, jnp.float8_e4m3fn, jnp.complex64], ids=["int8", "float8", "complex"]
 )
@@ -402,7 +399,6 @@ def test_nothing_is_promoted_to_64_bits(x64, make):
     assert all(x.dtype != jnp.float64 for x in jax.tree.leaves(results))
 
 
-@pytest.mark.xfail(strict=True, reason="float64 is asked of JAX for the thresholds, which warns")
 def test_float64_arrays_of_numpy_are_taken_without_a_warning():
     # google/jaxopt#201: parameters that are not yet arrays of JAX.
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), hidden())
@@ -474,7 +470,6 @@ def test_weights_that_are_not_negative_stay_so_in_the_ball():
     assert min(x.min() for x in jax.tree.leaves(params)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a link that looks at the parameters hides Adam's metric")
 def test_a_stateless_link_that_looks_at_the_parameters_hides_no_metric():
     # The same threads. Nothing here is negative, so that the link changes no step.
     params = jax.tree.map(lambda x: jnp.abs(x) + 1, hidden())
@@ -587,9 +582,6 @@ def test_bfloat16_needs_no_promotion_of_dtypes():
     assert (norms(projected) <= 1).all()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the search divides by zero where it does not use the result"
-)
 def test_checks_of_floats_find_nothing_in_a_projection():
     # jax-ml/jax#18680 (disable_jit with debug_nans); jax-ml/jax#11905: checkify says the same.
     with jax.disable_jit(), jax.debug_nans(True):

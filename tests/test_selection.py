@@ -41,6 +41,16 @@ def loss(outputs, y):
     return (outputs - y) ** 2
 
 
+def masked_loss(outputs, y):
+    return jnp.where(jnp.isnan(y), 0, loss(outputs, jnp.nan_to_num(y)))
+
+
+def with_nan(values):
+    values = values.copy()
+    values[7] = np.nan
+    return values
+
+
 def optimizer(c):
     return optax.chain(optax.sgd(RATE), l1inf.keep_params_in_l1inf_ball(c))
 
@@ -378,7 +388,17 @@ FIRST, SECOND = np.arange(30), np.arange(30, 60)
         ({"c": [{"a": 1.0}, {"b": 1.0}]}, r"c holds \{'b': 1\.0\}, .* layers \['a'\]"),
         ({"c": [1.0, {"b": 1.0}]}, "give numbers, or mappings with the same layers"),
         ({"c": [{}]}, r"c holds \{\}"),
+        ({"c": ["1.0"]}, r"c holds '1\.0': give positive numbers"),
+        ({"c": [None]}, "c holds None: give positive numbers"),
+        ({"c": [np.ones(2)]}, r"c holds array\(.*\): give positive numbers"),
         ({"y": Y[1:]}, "x has 60 examples and y has 59"),
+        ({"y": np.arange(60)}, r"none of them occurs 5 times.* give y\.astype\(float\)"),
+        ({"y": with_nan(Y)}, "y has entries that are NaN .* 1 of 60 examples, .* row 7, and loss"),
+        ({"x": with_nan(X)}, "x has entries that are NaN .* 1 of 60 examples, .* row 7, and loss"),
+        (
+            {"y": with_nan(Y), "loss": masked_loss, "score": lambda o, y: -loss(o, y)},
+            "row 7, and score is not finite there: leave these rows out",
+        ),
         ({"cv": 1}, "cv is 1: give from 2 to 60 folds"),
         ({"cv": 61}, "cv is 61: give from 2 to 60 folds"),
         ({"cv": [(FIRST, SECOND)]}, "cv makes 1 folds: give at least 2"),
@@ -401,6 +421,13 @@ def test_wrong_use_of_cross_validation(change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         cross_validate(**arguments)
+
+
+def test_a_loss_that_knows_missing_targets_may_have_them():
+    result = cross_validate(
+        init, apply, masked_loss, light, X, with_nan(Y), [1.0], epochs=1, batch_size=N
+    )
+    assert np.isfinite(result.scores).all()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import html.parser
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import l1inf_optax as l1inf
@@ -43,10 +44,11 @@ def test_every_count_is_the_count_by_hand():
     assert layer.sparsity == 62.5
 
 
-def test_without_a_radius_every_layer_is_measured_by_its_own_largest_norm():
+def test_without_a_radius_every_layer_is_reported_and_no_boundary():
     report = l1inf.sparsity_report(PARAMS)
     assert [layer.path for layer in report.layers] == ["hidden", "readout"]
-    assert [layer.columns_on_boundary for layer in report.layers] == [1, 3]
+    assert [layer.columns_on_boundary for layer in (*report.layers, report.total)] == [None] * 3
+    assert "boundary" not in str(report) + report._repr_html_()
     assert [layer.shape for layer in report.layers] == [(4, 4), (3, 3)]
     assert report.layers[0].below_threshold is None
 
@@ -73,6 +75,58 @@ def test_convolutions_and_stacked_layers_are_matrices():
     assert (second.shape, second.columns, second.inputs) == ((5, 3, 3), 15, 10)
 
 
+# name: shape of the kernel, dimension numbers. Norms and c of a column meet in the kernel's order.
+ORDERS = {
+    "heads": ((4, 2, 3), l1inf.LayerDimensionNumbers(0, (1, 2))),
+    "units before inputs in a stack": ((3, 4, 3), l1inf.LayerDimensionNumbers(1, 0)),
+    "stack on the last axis": ((4, 3, 2), l1inf.LayerDimensionNumbers(0, 1)),
+    "inputs on two axes": ((2, 3, 4), l1inf.LayerDimensionNumbers((0, 2), 1)),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+def test_a_radius_for_each_column_meets_its_own_column(name):
+    shape, numbers = ORDERS[name]
+    axes = np.atleast_1d(numbers.reduction_axis)
+    columns = tuple(n for i, n in enumerate(shape) if i not in axes)
+    c = np.arange(1.0, 1 + np.prod(columns)).reshape(columns)
+    w = np.ones(shape) / np.prod([shape[i] for i in axes]) * np.expand_dims(c, tuple(axes))
+    w = np.where(np.expand_dims(c == 2, tuple(axes)), w / 2, w)  # one column is inside
+    params, layers = {"w": jnp.asarray(w, jnp.float32)}, {"w": numbers}
+    (layer,) = l1inf.sparsity_report(params, c={"w": c}, layers=layers).layers
+    assert (layer.columns, layer.columns_on_boundary) == (c.size, c.size - 1)
+    tx = l1inf.keep_params_in_l1inf_ball({"w": c}, layers=layers)
+    assert not l1inf.diagnose(tx, params, {"w": c}, layers=layers).findings
+
+
+def test_a_radius_that_fits_no_column_is_an_error():
+    with pytest.raises(ValueError, match=r"c has shape \(3,\).*\(4,\)"):
+        l1inf.sparsity_report(PARAMS, c={"hidden": np.ones(3)})
+
+
+def test_a_schedule_is_read_where_the_last_update_read_it():
+    c = {"hidden": lambda step: 2.0 / (1 + step)}
+    params = {"hidden": {"kernel": jnp.array([[1.5, 0.2], [1.5, 0.2]])}}
+    tx = optax.chain(optax.sgd(0.1), l1inf.keep_params_in_l1inf_ball(c))
+    state = tx.init(params)
+
+    def on_boundary(**kwargs):
+        return l1inf.sparsity_report(params, c=c, **kwargs).total.columns_on_boundary
+
+    assert on_boundary(state=state) == on_boundary() == 1
+    for radius in (2.0, 1.0):
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        assert l1inf.sparsity_report(params).total.largest_norm == pytest.approx(radius)
+        assert on_boundary(state=state) == 1
+    assert on_boundary() == 0, "at step 0 the radius is 2"
+
+
+def test_a_state_without_a_ball_is_an_error():
+    with pytest.raises(ValueError, match="state, a tuple, holds no state of keep_params"):
+        l1inf.sparsity_report(PARAMS, c=1.0, state=optax.sgd(0.1).init(PARAMS))
+
+
 def test_it_prints_as_an_aligned_table():
     lines = str(l1inf.sparsity_report(PARAMS, threshold=1e-3)).splitlines()
     assert "below 0.001" in lines[0]
@@ -93,7 +147,7 @@ def test_it_renders_as_one_html_table_with_names_escaped():
     text = l1inf.sparsity_report(params)._repr_html_()
     parser = Cells()
     parser.feed(text)
-    assert parser.cells == 3 * 7
+    assert parser.cells == 3 * 6
     assert "<script>" not in text
     assert "&lt;script&gt;" in text
 

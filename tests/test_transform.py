@@ -689,3 +689,15 @@ def test_a_projection_inside_constrain_is_an_error(inner, metric):
 def test_a_radius_in_a_list_is_an_error():
     with pytest.raises(ValueError, match=r"c=\[1.0, 2.0\] is a list: give a number, or a mapping"):
         KEEP([1.0, 2.0])
+
+
+@pytest.mark.parametrize("empty", [{}, [], ()], ids=str)
+def test_empty_parameters_are_an_error(empty):
+    for call in (
+        KEEP(1.0).init,
+        KEEP({"hidden_*": 1.0}).init,
+        l1inf.constrain(optax.adam(0.1), 1.0).init,
+        lambda params: l1inf.project_params(params, 1.0),
+    ):
+        with pytest.raises(ValueError, match="holds no arrays: give the parameters themselves"):
+            call(empty)
