@@ -5,6 +5,7 @@ where there is one their bias. Leaves are found by the names their libraries giv
 else is said with dimension numbers.
 """
 
+import collections
 import fnmatch
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -254,6 +255,28 @@ def check_params(params: Any) -> None:
             f"params is a {type(params).__name__}, not a pytree of arrays: give the parameters "
             "themselves, such as a Linen module's init(key, x) returns, and c after them"
         )
+
+
+def in_no_layer(params: Any, found: Sequence[Layer]) -> list[str]:
+    """Paths of leaves that could hold weights, but are in no layer that was found.
+
+    These are arrays of two axes or more, such as embeddings; whatever stands in the place of a
+    kernel, such as a sparse matrix; and a bias that is alone, such as one whose kernel is shared.
+    """
+    leaves = list(_walk(params))
+    taken = {i for layer in found for i in layer.leaves}
+    beside = collections.Counter(leaf.keys[:-1] for leaf in leaves if leaf.shape is not None)
+
+    def could_hold_weights(leaf: _Leaf) -> bool:
+        if not jnp.issubdtype(getattr(leaf.value, "dtype", object), jnp.floating):
+            return False
+        is_lone_bias = leaf.keys[-1:] in [("bias",), ("b",)] and beside[leaf.keys[:-1]] == 1
+        is_part_of_a_kernel = any(key in ("kernel", "w", "weight") for key in leaf.keys[:-1])
+        return len(leaf.shape or ()) > 1 or is_lone_bias or is_part_of_a_kernel
+
+    return [
+        leaf.path for i, leaf in enumerate(leaves) if i not in taken and could_hold_weights(leaf)
+    ]
 
 
 def _check_constrainable(c: Mapping[str, Any], found: list[Layer], params: Any) -> None:

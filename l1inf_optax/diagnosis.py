@@ -76,7 +76,8 @@ class Diagnosis:
     Attributes:
         findings: The findings, errors first; empty if nothing is wrong.
         constrained: Paths of the layers that are constrained.
-        free: Paths of the layers that are not.
+        free: Paths of the layers that are not, and of what else could hold weights: arrays of two
+            axes or more, and biases without a kernel, that belong to no layer.
     """
 
     findings: tuple[Finding, ...]
@@ -198,6 +199,7 @@ def diagnose(
         *_held_from_start(columns, kept),
         *_never_held(kept, steps),
         *_batch_norm(params, constrained),
+        *_weight_norm(params, constrained),
     ]
     if grads is not None:
         findings += _not_finite(_columns(grads, constrained, step), "gradients")
@@ -209,6 +211,7 @@ def diagnose(
     findings.sort(key=lambda finding: finding.severity)
     paths = tuple(layer.path for layer, _ in constrained)
     free = tuple(layer.path for layer in found if layer.path not in paths)
+    free += tuple(_layers.in_no_layer(params, found))
     return Diagnosis(tuple(findings), paths, free)
 
 
@@ -659,6 +662,31 @@ def _batch_norm(params: Any, constrained: Constrained) -> Iterator[Finding]:
             "divides every unit by its own scale: c does not limit what the network computes, and "
             "no bound holds.",
             "Take the normalisation away, put it before the layer, or expect zeros only.",
+        )
+
+
+def _weight_norm(params: Any, constrained: Constrained) -> Iterator[Finding]:
+    paths = {path for path, _ in _layers.named_leaves(params)}
+
+    def is_normalised(layer: Layer) -> bool:
+        parent, name = _parent(layer.path), _last(layer.path)
+        inside = f"{parent}/" if parent else ""
+        of_equinox = name == "layer" and f"{inside}g" in paths
+        of_linen = any(
+            path.startswith(f"{inside}WeightNorm") and path.endswith(f"/{name}/kernel/scale")
+            for path in paths
+        )
+        return of_equinox or of_linen or name == "layer_instance"  # of NNX, spectral norm too
+
+    normalised = [layer.path for layer, _ in constrained if is_normalised(layer)]
+    if normalised:
+        yield Finding(
+            "weight norm",
+            "warning",
+            tuple(normalised),
+            "The layer's weights are divided by a norm of their own before they are used: c does "
+            "not limit what the network computes, and no bound holds.",
+            "Take the weight normalisation away: the ball does what it is for.",
         )
 
 

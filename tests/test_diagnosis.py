@@ -170,8 +170,28 @@ FINDINGS = {
     "batch norm": lambda: l1inf.diagnose(
         SGD, {**PARAMS, "BatchNorm_0": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}, C
     ),
+    "weight norm": lambda: l1inf.diagnose(
+        l1inf.keep_params_in_l1inf_ball(1.0), {"layer": layer(8, 4), "g": jnp.ones(4)}, 1.0
+    ),
     "step too long": step_too_long,
 }
+
+
+@pytest.mark.parametrize(
+    ("path", "beside"),
+    [
+        ("layer_instance", {}),  # of NNX
+        ("hidden", {"WeightNorm_0": {"hidden/kernel/scale": jnp.ones(4)}}),  # of Linen
+    ],
+    ids=["NNX", "Linen"],
+)
+def test_weight_norms_of_flax_are_told_by_the_names_they_give(path, beside):
+    found = l1inf.diagnose(
+        l1inf.keep_params_in_l1inf_ball(1.0), {path: layer(8, 4), **beside}, 1.0
+    ).findings
+    assert [(x.name, x.layers) for x in found if x.name == "weight norm"] == [
+        ("weight norm", (path,))
+    ]
 
 
 def words(text):
