@@ -310,21 +310,27 @@ def _gradient(size: float, like: jax.Array) -> jax.Array:
 
 
 def _late(step: Any, state: Any, layers: Sequence[Layer]) -> _Step:
-    """A step after many, at which every constrained layer moves.
+    """A step after many, at which every constrained layer moves: the last of the first, or later.
 
-    The gradient grows and shrinks, so that its variance is not zero, but does not turn.
+    The gradient grows and shrinks, so that its variance is not zero, but does not turn. A schedule
+    may end before the first steps do; an optimizer may wait with its first update.
     """
 
-    def moves(taken: _Step) -> jax.Array:
-        return jnp.stack([jnp.any(x != 0) for x in _chosen(taken.updates, layers)]).all()
+    @jax.jit
+    def moves(updates: list[Any]) -> jax.Array:
+        return jnp.stack([jnp.any(x != 0) for x in updates]).all()
 
-    taken = step(state, 1.0)
+    latest, taken = None, step(state, 1.0)
     for n in range(_FIRST_STEPS):
+        moved = moves(_chosen(taken.updates, layers))
+        if isinstance(moved, jax.core.Tracer):
+            return taken
+        latest = taken if moved else latest
         taken = step(taken.after, 0.5 + n % 2)
-    if isinstance(moves(taken), jax.core.Tracer) or moves(taken):
-        return taken
+    if latest is not None:
+        return latest
     return jax.lax.while_loop(
-        lambda carry: (carry[0] < _MOST_STEPS) & ~moves(carry[1]),
+        lambda carry: (carry[0] < _MOST_STEPS) & ~moves(_chosen(carry[1].updates, layers)),
         lambda carry: (carry[0] + 1, step(carry[1].after, 0.5 + carry[0] % 2)),
         (0, taken),
     )[1]

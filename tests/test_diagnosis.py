@@ -94,6 +94,9 @@ ERRORS = {
     ),
     "constrain around a projection": lambda: l1inf.constrain(SGD, C).init(PARAMS),
     "an optimizer without a metric": lambda: l1inf.constrain(optax.lion(1e-3), C).init(PARAMS),
+    "a link that mixes or limits entries": lambda: l1inf.constrain(
+        optax.chain(optax.centralize(), optax.adam(1e-3)), C
+    ).init(PARAMS),
     "half a layer masked": masked_without_bias,
 }
 

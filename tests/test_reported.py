@@ -120,8 +120,13 @@ def test_a_filter_of_a_grouped_or_depthwise_convolution_is_a_column():
         ]
     )
     params = filled(lambda: model.init(jax.random.key(0), jnp.ones((1, 3, 8, 1))))["params"]
-    assert reported(params) == {
-        name: (units, norms(*(params[name][k] for k in sorted(params[name], reverse=True))).max())
+    filters = {"*/kernel": l1inf.LayerDimensionNumbers((0, 1, 2), 3)}
+    told = {"layers_2/kernel": filters["*/kernel"]._replace(bias="bias"), **filters}
+    assert reported(params, layers=told) == {
+        f"{name}/kernel": (
+            units,
+            norms(*(params[name][k] for k in sorted(params[name], reverse=True))).max(),
+        )
         for name, units in (("layers_0", 4), ("layers_1", 8), ("layers_2", 6))
     }
     plain = filled(lambda: eqx.nn.Conv2d(4, 8, (3, 1), groups=4, key=jax.random.key(0)))
@@ -496,7 +501,7 @@ def test_a_line_search_may_come_before_the_projection():
         grads, tx.init(params), params, value=value, grad=grads
     )
     assert inside(optax.apply_updates(params, updates))
-    with pytest.raises(ValueError, match="does not know the metric of ScaleByLBFGSState"):
+    with pytest.raises(ValueError, match="finds no metric in ScaleByLBFGSState"):
         l1inf.constrain(optax.lbfgs(), 1.0).init(params)
 
 
