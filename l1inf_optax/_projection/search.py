@@ -18,6 +18,7 @@ feasible threshold will do, and steps double until there is one; after `_PASSES`
 whatever happens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -83,6 +84,15 @@ class Known(NamedTuple):
     crossed: jax.Array
     topped: jax.Array
 
+    @property
+    def bits(self) -> jax.Array:
+        """All of it in one integer: a loop writes every array of its state by a kernel of its own.
+
+        So it costs a kernel, not six.
+        """
+        bits = (jnp.where(fact, 1 << i, 0) for i, fact in enumerate(self))
+        return functools.reduce(jnp.bitwise_or, bits)
+
 
 class State(NamedTuple):
     """State of the search.
@@ -90,14 +100,19 @@ class State(NamedTuple):
     Attributes:
         trial: The threshold to try next; where done, the answer.
         left: The largest known to be left of the root, but for rounding.
-        known: What is known of the columns.
+        bits: What is known of the columns, as `Known` packs it.
         passes: How many thresholds were tried.
     """
 
     trial: Pair
     left: jax.Array
-    known: Known
+    bits: jax.Array
     passes: jax.Array
+
+    @property
+    def known(self) -> Known:
+        """What is known of the columns."""
+        return Known(*(self.bits & (1 << i) > 0 for i in range(len(Known._fields))))
 
 
 class Verdict(NamedTuple):
@@ -291,8 +306,8 @@ def search(
             crossed=state.known.crossed | verdict.feasible,
             topped=state.known.topped | steep,
         )
-        return State(following, left, known, passes)
+        return State(following, left, known.bits, passes)
 
     start = jnp.where((start > floor) & (start < jnp.inf), start, floor)
-    state = State((start, zero), floor, known, jnp.int32(0))
+    state = State((start, zero), floor, known.bits, jnp.int32(0))
     return lax.while_loop(unfinished, step, state)

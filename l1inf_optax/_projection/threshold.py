@@ -10,7 +10,7 @@ from l1inf_optax._projection.arguments import Axes
 from l1inf_optax._projection.columns import LARGEST_WEIGHT, Columns, threshold_leaving_c
 from l1inf_optax._projection.floats import Pair, choose, reciprocal, scaled
 from l1inf_optax._projection.measure import Measured, largest_share, measure
-from l1inf_optax._projection.search import NEWTON_PASSES, Known, State, Tolerances, search
+from l1inf_optax._projection.search import NEWTON_PASSES, Known, Tolerances, search
 from l1inf_optax._projection.shrink import Found
 from l1inf_optax._projection.sort import sorted_thresholds
 from l1inf_optax._projection.sphere import inside, invisible_in_float64
@@ -26,23 +26,22 @@ def find_thresholds(columns: Columns, start: jax.Array, axes: Axes, method: str)
         start = scaled(start - lowered, scaling.up)
     if method == "sort":
         start = sorted_thresholds(columns, axes)
-    state = _searched(columns, start, axes)
-    theta = state.trial
+    theta, is_inside, passes = _searched(columns, start, axes)
     threshold = theta[0] + theta[1]
     if scaling is not None:
         threshold = lowered + scaled(threshold, scaling.down)
     return Found(
         theta=theta,
-        inside=state.known.inside,
+        inside=is_inside,
         largest_share=largest_share(columns, theta[0], axes),
         scaling=scaling,
-        threshold=jnp.where(state.known.inside, 0, threshold),
-        passes=state.passes,
+        threshold=jnp.where(is_inside, 0, threshold),
+        passes=passes,
     )
 
 
-def _searched(columns: Columns, start: jax.Array, axes: Axes) -> State:
-    """The search, and what it leaves in doubt decided."""
+def _searched(columns: Columns, start: jax.Array, axes: Axes) -> tuple[Pair, jax.Array, jax.Array]:
+    """Thresholds, which columns are inside, and passes: the search, and its doubts decided."""
 
     def measured(theta: Pair, opaque_true: jax.Array) -> Measured:
         return measure(columns, theta, axes, opaque_true)
@@ -58,15 +57,15 @@ def _searched(columns: Columns, start: jax.Array, axes: Axes) -> State:
     doubtful = state.known.doubtful
     floor = columns.floor, jnp.zeros_like(columns.floor)
 
-    def decided() -> tuple[Pair, jax.Array]:
+    def decided() -> tuple[Pair, jax.Array, jax.Array]:
         is_inside = inside(columns, doubtful, axes)
-        return choose(is_inside, floor, state.trial), state.known.inside | is_inside
+        trial = choose(is_inside, floor, state.trial)
+        return trial, state.known.inside | is_inside, state.passes
 
-    def undoubted() -> tuple[Pair, jax.Array]:
-        return state.trial, state.known.inside
+    def undoubted() -> tuple[Pair, jax.Array, jax.Array]:
+        return state.trial, state.known.inside, state.passes
 
-    trial, is_inside = lax.cond(jnp.any(doubtful), decided, undoubted)
-    return state._replace(trial=trial, known=state.known._replace(inside=is_inside))
+    return lax.cond(jnp.any(doubtful), decided, undoubted)
 
 
 def _tolerances(columns: Columns, axes: Axes) -> Tolerances:

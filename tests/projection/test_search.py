@@ -46,7 +46,7 @@ def measured(theta, c=1.0, doubt=0.0):
 
 def at(theta, known=UNKNOWN, left=0.0, passes=0):
     theta = jnp.float32(theta)
-    return State((theta, jnp.float32(0)), jnp.float32(left), known, jnp.int32(passes))
+    return State((theta, jnp.float32(0)), jnp.float32(left), known.bits, jnp.int32(passes))
 
 
 def judged(theta, c=1.0, doubt=0.0, state=None):
