@@ -31,6 +31,37 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
+# Files whose programs are compiled once and run on a few numbers: LLVM's optimization is half of
+# their time. Where last bits are the promise, or where there is training, programs are compiled as
+# users compile them.
+HASTY = {
+    "on_eight_devices.py",
+    "test_bounds.py",
+    "test_conformance.py",
+    "test_faults.py",
+    "test_layers.py",
+    "test_linen.py",
+    "test_metric.py",
+    "test_models.py",
+    "test_nnx.py",
+    "test_reported.py",
+    "test_trial.py",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_optimized_where_it_pays(request):
+    """Compiles the programs of some files with next to no optimization, and lets no other use them."""
+    if request.path.name not in HASTY:
+        yield
+        return
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 ROOM = 500_000_000  # bytes
 GIVE_BACK = getattr(ctypes.CDLL(None), "malloc_trim", int)  # glibc keeps what is freed otherwise
 
