@@ -31,35 +31,19 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-# Files whose programs are compiled once and run on a few numbers: LLVM's optimization is half of
-# their time. Where last bits are the promise, or where there is training, programs are compiled as
-# users compile them.
-HASTY = {
-    "on_eight_devices.py",
-    "test_bounds.py",
-    "test_conformance.py",
-    "test_faults.py",
-    "test_layers.py",
-    "test_linen.py",
-    "test_metric.py",
-    "test_models.py",
-    "test_nnx.py",
-    "test_reported.py",
-    "test_trial.py",
-}
+# LLVM's optimization is a quarter of the time of all tests, as most programs run once, on a few
+# numbers. It stays where the last bits of a projection are tested, and where pages show figures;
+# notebooks and other processes have it anyway.
+OPTIMIZED = {"test_docs.py", "test_projection.py", "test_search.py"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_are_optimized_where_it_pays(request):
-    """Compiles the programs of some files with next to no optimization, and lets no other use them."""
-    if request.path.name not in HASTY:
-        yield
-        return
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+def programs_are_optimized_where_it_matters(request):
+    """Compiles the programs of most files with next to no optimization."""
+    hasty = request.path.name not in OPTIMIZED
+    if hasty != jax.config.read("jax_disable_most_optimizations"):
+        jax.clear_caches()  # no file uses the programs of another kind
+        jax.config.update("jax_disable_most_optimizations", hasty)
 
 
 ROOM = 500_000_000  # bytes
