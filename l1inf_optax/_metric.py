@@ -268,11 +268,15 @@ def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array
     update, linear, param = (
         jax.lax.slice(x, [0] * x.ndim, x.shape, strides) for x in (update, linear, param)
     )
+    # Of small steps the squares would underflow.
+    sizes = [jnp.maximum(_largest_finite(x), 1e-30) for x in (update, linear, param)]
+    update, linear, param = (x / n for x, n in zip((update, linear, param), sizes, strict=True))
     uu, up, pp = (jnp.sum(x * y) for x, y in ((linear, linear), (linear, param), (param, param)))
     tu, tp = jnp.sum(update * linear), jnp.sum(update * param)
     determinant = uu * pp - up * up
     alone = determinant <= 1e-3 * uu * pp
     r = jnp.where(alone, tu / uu, (tu * pp - tp * up) / determinant)
+    r *= sizes[0] / sizes[1]
     return jnp.where((r > 0) & (r < jnp.inf), r, 1)
 
 

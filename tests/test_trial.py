@@ -68,7 +68,7 @@ OPTAX = {
     "inject_stateful_hyperparams": ("metric", lambda f: f(optax.adam)(0.1)),
     "keep_params_nonnegative": ("metric", lambda f: optax.chain(optax.adam(0.1), f())),
     "lamb": ("metric", lambda f: f(0.1)),
-    "lars": ("metric", lambda f: f(0.1)),
+    "lars": ("metric", lambda f: f(1e-3)),
     "lbfgs": ("whole matrices", lambda f: f()),
     "lion": ("by signs", lambda f: f(0.1)),
     "lookahead": ("Put it around", lambda f: f(optax.adam(0.1), 6, 0.5)),
