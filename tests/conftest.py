@@ -31,16 +31,31 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-# LLVM's optimization is a quarter of the time of all tests, as most programs run once, on a few
-# numbers. It stays where the last bits of a projection are tested, and where pages show figures;
-# notebooks and other processes have it anyway.
-OPTIMIZED = {"test_docs.py", "test_projection.py", "test_search.py"}
+# Files whose programs run once, on a few numbers: LLVM's optimization is up to half of their time.
+# It stays where the last bits of a projection are tested, where bits are those of another process,
+# and where networks are trained.
+HASTY = {
+    "on_eight_devices.py",
+    "test_bounds.py",
+    "test_conformance.py",
+    "test_diagnosis.py",
+    "test_faults.py",
+    "test_layers.py",
+    "test_linen.py",
+    "test_metric.py",
+    "test_models.py",
+    "test_nnx.py",
+    "test_regularizers.py",
+    "test_reported.py",
+    "test_transform.py",
+    "test_trial.py",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_optimized_where_it_matters(request):
-    """Compiles the programs of most files with next to no optimization."""
-    hasty = request.path.name not in OPTIMIZED
+    """Compiles the programs of some files with next to no optimization."""
+    hasty = request.path.name in HASTY
     if hasty != jax.config.read("jax_disable_most_optimizations"):
         jax.clear_caches()  # no file uses the programs of another kind
         jax.config.update("jax_disable_most_optimizations", hasty)
