@@ -264,7 +264,6 @@ def in_no_layer(params: Any, found: Sequence[Layer]) -> list[str]:
     kernel, such as a sparse matrix; and a bias that is alone, such as one whose kernel is shared.
     """
     leaves = list(_walk(params))
-    taken = {i for layer in found for i in layer.leaves}
     beside = collections.Counter(leaf.keys[:-1] for leaf in leaves if leaf.shape is not None)
 
     def could_hold_weights(leaf: _Leaf) -> bool:
@@ -274,22 +273,20 @@ def in_no_layer(params: Any, found: Sequence[Layer]) -> list[str]:
         is_part_of_a_kernel = any(key in ("kernel", "w", "weight") for key in leaf.keys[:-1])
         return len(leaf.shape or ()) > 1 or is_lone_bias or is_part_of_a_kernel
 
-    return [
-        leaf.path for i, leaf in enumerate(leaves) if i not in taken and could_hold_weights(leaf)
-    ]
+    return [leaf.path for leaf in _not_in(found, leaves) if could_hold_weights(leaf)]
 
 
 def _check_constrainable(c: Mapping[str, Any], found: list[Layer], params: Any) -> None:
     """Raises a ValueError if a pattern names leaves that are there, but in no layer."""
-    taken = {i for layer in found for i in layer.leaves}
-    paths = [path for path, _ in named_leaves(params)]
-    alone = [path for i, path in enumerate(paths) if i not in taken]
+    names = [name for layer in found for name in (layer.path, layer.leaf_path)]
     for pattern in c:
-        layers = [name for x in found for name in (x.path, x.leaf_path)]
+        if any(_matches(pattern, name) for name in names):
+            continue
+        alone = [leaf.path for leaf in _not_in(found, list(_walk(params)))]
         named = [
             x for x in alone if _matches(pattern, x) or _matches(pattern, x.rpartition("/")[0])
         ]
-        if named and not any(_matches(pattern, name) for name in layers):
+        if named:
             raise ValueError(
                 f"c has the pattern {pattern!r}, which names {_listing(named)}: not the "
                 "weights of a dense layer or convolution, but for instance an embedding or a "
@@ -436,6 +433,11 @@ class _Leaf(NamedTuple):
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Leaves with their paths, keys joined by ``/``, in the order of :func:`flatten`."""
     return [(leaf.path, leaf.value) for leaf in _walk(tree)]
+
+
+def _not_in(found: Sequence[Layer], leaves: list[_Leaf]) -> list[_Leaf]:
+    taken = {i for layer in found for i in layer.leaves}
+    return [leaf for i, leaf in enumerate(leaves) if i not in taken]
 
 
 def _check_unique(paths: list[str]) -> None:
