@@ -65,6 +65,11 @@ _HAIKU_CONVOLUTION = re.compile(r"conv([123])_d(_transpose)?(_\d+)?$")  # named 
 _ATTENTION = ("query", "key", "value", "out")
 
 
+def class_names(x: Any, library: str) -> set[str]:
+    """The names of those classes of ``x`` that a library defines, which need not be imported."""
+    return {t.__name__ for t in type(x).__mro__ if t.__module__.startswith(f"{library}.")}
+
+
 def attention_role(path: str, paths: Collection[str]) -> str | None:
     """Which part of an attention layer this is, if its three siblings are there too."""
     parent, slash, name = path.rpartition("/")
@@ -183,7 +188,7 @@ def _equinox_cell(kernel: Kernel) -> Verdict:
 
 def _shape_made_by_equinox(owner: Any) -> Shape | None:
     """The shape a module of Equinox gave its weight, () for a norm, or None for other objects."""
-    kinds = {t.__name__ for t in type(owner).__mro__ if t.__module__.startswith("equinox.")}
+    kinds = class_names(owner, "equinox")
     if "Linear" in kinds:
         sizes = (owner.out_features, owner.in_features)
         return tuple(1 if n == "scalar" else n for n in sizes)

@@ -25,6 +25,7 @@ from l1inf_optax._conventions import (
     Kernel,
     Shape,
     attention_role,
+    class_names,
 )
 from l1inf_optax._projection.arguments import (
     Arrays,
@@ -376,10 +377,7 @@ def unboxed(tree: Any) -> Any:
     """The tree, bare arrays in place of the variables in which NNX keeps them."""
 
     def is_variable(x: Any) -> bool:
-        return any(
-            (cls.__module__, cls.__name__) == ("flax.nnx.variablelib", "Variable")
-            for cls in type(x).__mro__
-        )
+        return "Variable" in class_names(x, "flax.nnx")
 
     leaves, structure = tree_util.tree_flatten(tree, is_leaf=is_variable)
     bare = [tree_util.tree_leaves(x)[0] if is_variable(x) else x for x in leaves]
@@ -497,10 +495,7 @@ def _children(tree: Any) -> list[tuple[str, Any]] | None:
 
 def _is_box(x: Any) -> bool:
     """Whether Flax keeps an array in it, with what is said of the array."""
-    return any(
-        t.__name__ in ("AxisMetadata", "Variable") and t.__module__.startswith("flax.")
-        for t in type(x).__mro__
-    )
+    return bool(class_names(x, "flax") & {"AxisMetadata", "Variable"})
 
 
 def _shape(leaf: Any) -> Shape | None:
