@@ -35,7 +35,6 @@ def x64():
 # It stays where the last bits of a projection are tested, where bits are those of another process,
 # and where networks are trained.
 HASTY = {
-    "on_eight_devices.py",
     "test_bounds.py",
     "test_conformance.py",
     "test_diagnosis.py",
@@ -47,6 +46,7 @@ HASTY = {
     "test_nnx.py",
     "test_regularizers.py",
     "test_reported.py",
+    "test_sharding.py",
     "test_transform.py",
     "test_trial.py",
 }

@@ -1,13 +1,12 @@
 """Draws docs/images/step_time.png: what the constraint adds to a step on up to 10,000 chips.
 
-`python -m docs.figures.step_time`, from the project's root; two minutes. It measures here, on one
-CPU, how many times a projection reads and writes its matrix, and reads off the compiled program of
-eight virtual devices what they send; chips and network are those of data sheets. Nothing of it was
-measured on such chips.
+`python -m tests.benchmarks.step_time`, from the project's root; two minutes. It measures here, on
+one CPU, how many times a projection reads and writes its matrix, and reads off the compiled program
+of eight virtual devices what they send; chips and network are those of data sheets. Nothing of it
+was measured on such chips.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -19,11 +18,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import l1inf_optax as l1inf
 from l1inf_optax.plotting import BLUE, ORANGE
-from tests import on_eight_devices
 from tests.benchmarks.bench_projection import columns, multiply, project, radius
 from tests.benchmarks.timing import interleaved
+from tests.support import children
+from tests.support.collectives import collectives
 
-IMAGES = Path(__file__).parent.parent / "images"
+IMAGES = children.ROOT / "docs" / "images"
 GREEN = "#009E73"  # of Okabe and Ito, too
 
 # NVIDIA's data sheet of the H100 SXM, and of Quantum-2 InfiniBand (400 Gb/s a port).
@@ -74,10 +74,10 @@ def measure(shape: tuple[int, int] = (4097, 4096)) -> Measured:
         print(f"{kind}: read, V * c, projections {1e3 * times} ms, {passes[-3:]} passes")
     read, v_times_c = np.mean(seconds, axis=0)[:2]
     slope, intercept = np.polyfit(passes, np.ravel([times[2:] for times in seconds]), 1)
-    return Measured(slope / read, intercept / v_times_c, *collectives())
+    return Measured(slope / read, intercept / v_times_c, *sent_sizes())
 
 
-def collectives() -> tuple[int, list[int]]:
+def sent_sizes() -> tuple[int, list[int]]:
     """Numbers a column in a pass's all-reduce of an update whose rows are sharded; in the others.
 
     Every pass has one. Some of the others are rare: the model counts each once a search.
@@ -88,7 +88,7 @@ def collectives() -> tuple[int, list[int]]:
     params = {"kernel": jax.device_put(jnp.ones((64, units)), kernel), "bias": jnp.zeros(units)}
     tx = optax.chain(optax.sgd(0.1), l1inf.keep_params_in_l1inf_ball(1.0))
     update = jax.jit(tx.update).lower(params, tx.init(params), params).compile()
-    sent = [len(sizes) for _, sizes in on_eight_devices.collectives(update)]
+    sent = [len(sizes) for _, sizes in collectives(update)]
     first, *others = sorted(sent, reverse=True)
     return first, others
 

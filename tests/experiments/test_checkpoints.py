@@ -22,7 +22,7 @@ import l1inf_optax as l1inf
 from l1inf_optax.experiments.checkpoints import open_checkpoints
 from l1inf_optax.experiments.options import OptionError
 from l1inf_optax.experiments.training import Lane, Progress, Snapshot, Task, train
-from tests import children, devices
+from tests.support import children, devices
 
 # Orbax forgets the other reads when one fails. They complain when they end: in some later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from l1inf_optax.experiments.__main__ import main
-from tests import children
+from tests.support import children
+from tests.support.digits import COMMON, blobs
 
 MEASURES = {
     "train_error",
@@ -20,16 +21,6 @@ MEASURES = {
     "sparsity",
     "sparsity_1e-3",
 }
-COMMON = ["mnist", "--epochs", "4", "--batch-size", "10", "--trials", "2", "--c", "inf", "0.5", "3"]
-
-
-def blobs(n, rng):
-    """Ten classes, each a bright bar in its own rows: easy to learn."""
-    y = np.arange(n) % 10
-    x = rng.integers(0, 60, (n, 28, 28))
-    for image, digit in zip(x, y, strict=True):
-        image[2 * digit + 4 : 2 * digit + 6, 5:23] += 190
-    return x.astype(np.uint8), y.astype(np.uint8)
 
 
 @pytest.fixture(scope="module")

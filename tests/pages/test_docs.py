@@ -11,7 +11,6 @@ import importlib.util
 import io
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from sybil import Sybil
@@ -20,9 +19,9 @@ from sybil.parsers.myst import CodeBlockParser, SkipParser
 from sybil.parsers.rest import DocTestParser
 
 from l1inf_optax.experiments.__main__ import make_parser
+from tests.support import children
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [children.ROOT / "README.md", *sorted((children.ROOT / "docs").glob("*.md"))]
 NUMBER = re.compile(r"\d[\d.,]*\d|\d")
 
 
@@ -42,7 +41,7 @@ def compare(example):
         assert float(ours.replace(",", "")) == expected, printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(children.ROOT)))
 def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page):
     parsers = [
         CodeBlockParser("python", run),
@@ -54,7 +53,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_says(page):
         example.evaluate()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(children.ROOT)))
 def test_the_commands_of_a_page_exist(page):
     text = page.read_text()
     for module in re.findall(r"python -m ((?:docs|l1inf_optax|tests)[\w.]*)", text):

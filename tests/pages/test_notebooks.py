@@ -18,7 +18,7 @@ import pytest
 from nbclient import NotebookClient
 from traitlets.config import Config
 
-from tests import children
+from tests.support import children
 
 FOLDER = children.ROOT / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))

@@ -1,13 +1,12 @@
 """Draws docs/images/bounds_*.png: how far Theorem 1 is from the truth, and from earlier bounds.
 
-`python -m docs.figures.bounds`, from the project's root; two to four minutes. It is also the long
-check: it stops if a bound is below what ascent finds. For 300 random settings per depth it prints
-the smallest, the median and the largest ratio.
+`python -m tests.programs.check_bounds`, from the project's root; two to four minutes. It stops if a
+bound is below what ascent finds. For 300 random settings per depth it prints the smallest, the
+median and the largest ratio.
 """
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,9 @@ import numpy as np
 
 from l1inf_optax import bounds
 from l1inf_optax.plotting import BLUE, ORANGE
-from tests import complexity
+from tests.support import children, complexity
 
-IMAGES = Path(__file__).parent.parent / "images"
+IMAGES = children.ROOT / "docs" / "images"
 SETTINGS = 300
 N, M1 = 8, 5
 

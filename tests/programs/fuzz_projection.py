@@ -27,7 +27,7 @@ import optax
 
 import l1inf_optax as l1inf
 from l1inf_optax._projection.requests import project_columns
-from tests import oracle
+from tests.support import oracle
 
 # (shape, the axis a column runs along)
 SHAPES = [((24, 4096), 0), ((3, 4096), 0), ((8, 150, 256), 1)]

@@ -288,7 +288,7 @@ def main():
     for name in args.names or TARGETS:
         folder = Path(tempfile.mkdtemp(prefix=f"fuzz_{name}_"))
         before = os.times()
-        command = [sys.executable, "-m", "tests.fuzz_readers", name, "--in", str(folder)]
+        command = [sys.executable, "-m", "tests.programs.fuzz_readers", name, "--in", str(folder)]
         done = subprocess.run(
             [*command, "--seconds", str(args.seconds)], capture_output=True, text=True, check=False
         )

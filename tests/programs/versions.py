@@ -1,8 +1,8 @@
 """The test suite on the oldest and on the newest releases of all that the package needs.
 
-``pip install uv && python -m tests.versions`` makes three environments under build/: the lower
-bounds of pyproject.toml on the oldest Python that it names, the newest releases on that Python, and
-the newest on its newest Python. What follows ``--`` is for pytest.
+``pip install uv && python -m tests.programs.versions`` makes three environments under build/: the
+lower bounds of pyproject.toml on the oldest Python that it names, the newest releases on that
+Python, and the newest on its newest Python. What follows ``--`` is for pytest.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESOLUTIONS = {"oldest": "lowest-direct", "newest": "highest"}
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -60,7 +60,7 @@ def row(releases, python, arguments):
 
 def main():
     """Runs the suites one after the other, then prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m tests.versions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.programs.versions", description=__doc__)
     parser.add_argument("--only", choices=RESOLUTIONS)
     parser.add_argument(
         "--python",

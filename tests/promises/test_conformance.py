@@ -13,7 +13,7 @@ Optax runs every optimizer of its own through one matrix of tests (`optax/contri
     tree.map_params                           thresholds are no parameters
     takes a schedule where it takes a number  of c
     init with abstract input                  of `keep_params_in_l1inf_ball` here
-    explicit meshes                           in `on_eight_devices`
+    explicit meshes                           in `test_sharding`
 
 Its parabolas are there, each with the projection of its target as the solution, and its Rosenbrock
 function, in whose ball the solution lies on an edge. Not asked are these of its cases:
@@ -43,7 +43,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import l1inf_optax as l1inf
-from tests import oracle
+from tests.support import oracle
 
 KEEP = l1inf.keep_params_in_l1inf_ball
 C = 1.5

@@ -29,7 +29,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import l1inf_optax as l1inf
 from l1inf_optax import LayerDimensionNumbers as Numbers
-from tests.oracle import project
+from tests.support.oracle import project
 
 
 def normal(*shape, key=0, dtype=jnp.float32):

@@ -8,7 +8,7 @@ import time
 import hypothesis
 import pytest
 
-from tests import children
+from tests.support import children
 
 TESTS = children.ROOT / "tests"
 

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any
 
-from tests import children
+from tests.support import children
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -18,7 +18,13 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def run(program: str, devices: int, *arguments: Any) -> None:
-    """Run a program, as text, to its good end."""
+def run(module: str, devices: int, *arguments: Any) -> None:
+    """Run a module to its good end; it starts by counting its devices."""
+    program = (
+        "import jax, runpy, sys\n"
+        f"assert jax.device_count() == {devices}\n"
+        f"sys.argv[0] = {module!r}\n"
+        f"runpy.run_module({module!r}, run_name='__main__')\n"
+    )
     done = children.run([sys.executable, "-c", program, *arguments], env=environment(devices))
     assert done.returncode == 0, done.stdout + done.stderr

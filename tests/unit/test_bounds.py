@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import l1inf_optax as l1inf
 from l1inf_optax import bounds
-from tests import complexity
-from tests.modules import CONVOLUTIONS
+from tests.support import complexity
+from tests.support.modules import CONVOLUTIONS
 
 ARGUMENTS = {"n": 500, "m1": 1000, "k": 3, "c": 1.5, "rho": 1.0}
 REGRESSION = {**ARGUMENTS, "norm": 2.0, "delta": 0.05}

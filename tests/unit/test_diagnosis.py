@@ -5,7 +5,6 @@ import html.parser
 import itertools
 import re
 from functools import partial
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -17,8 +16,9 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import l1inf_optax as l1inf
+from tests.support import children
 
-PAGE = (Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+PAGE = (children.ROOT / "docs" / "troubleshooting.md").read_text()
 
 
 def layer(inputs, units, weight=None, bias=0.0):
@@ -296,7 +296,7 @@ def test_a_network_whose_c_falls_is_well():
 
 
 def test_the_network_that_the_readme_trains_is_well():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (children.ROOT / "README.md").read_text()
     names = {}
     exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0], names)
     tx, params, state, c = (names[key] for key in ("tx", "params", "state", "c"))

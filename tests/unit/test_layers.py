@@ -16,7 +16,7 @@ from flax import nnx
 
 import l1inf_optax as l1inf
 from l1inf_optax._layers import find_layers
-from tests.oracle import project64
+from tests.support.oracle import project64
 
 KEY = jax.random.key(0)
 Numbers = l1inf.LayerDimensionNumbers

@@ -10,7 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from l1inf_optax import linen
-from tests.modules import CONVOLUTIONS, DENSE
+from tests.support.modules import CONVOLUTIONS, DENSE
 
 NAME = "augmented_kernel"
 NORMAL = nn.initializers.normal()

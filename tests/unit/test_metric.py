@@ -14,7 +14,7 @@ import scipy.special
 
 import l1inf_optax as l1inf
 from l1inf_optax import _layers, _metric
-from tests import oracle
+from tests.support import oracle
 
 C = 0.7
 

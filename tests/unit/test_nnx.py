@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from l1inf_optax import nnx as l1inf_nnx
-from tests.modules import CONVOLUTIONS, DENSE
+from tests.support.modules import CONVOLUTIONS, DENSE
 
 NAME = "augmented_kernel"
 NORMAL = nnx.initializers.normal()

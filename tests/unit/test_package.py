@@ -3,7 +3,7 @@ import sys
 import pytest
 
 import l1inf_optax as l1inf
-from tests import children
+from tests.support import children
 
 
 def python(code):

@@ -15,30 +15,27 @@ from sklearn.model_selection import KFold, StratifiedKFold
 
 import l1inf_optax as l1inf
 from l1inf_optax.selection import CrossValidation, cross_validate, search_layer_c
-from tests import devices
+from tests.support import devices
+from tests.support.folds import (
+    RADII,
+    RATE,
+    D,
+    N,
+    X,
+    Y,
+    apply,
+    light,
+    loss,
+    random_init,
+    validate_light,
+    validated,
+)
 
-RNG = np.random.default_rng(3)
-N, D = 60, 30
-X = RNG.normal(size=(N, D)).astype(np.float32)
-Y = (X[:, 0] - X[:, 1] + 0.3 * RNG.normal(size=N)).astype(np.float32)
-RADII = [0.5, 2.0, math.inf, 8.0]
-RATE, EPOCHS = 0.1, 60
+EPOCHS = 60
 
 
 def init(key, c):
     return {"kernel": jnp.zeros((D, 1)), "bias": jnp.zeros(1)}
-
-
-def random_init(key, c):
-    return {"kernel": jax.random.normal(key, (D, 1)), "bias": jnp.zeros(1)}
-
-
-def apply(params, x):
-    return (x @ params["kernel"] + params["bias"])[:, 0]
-
-
-def loss(outputs, y):
-    return (outputs - y) ** 2
 
 
 def masked_loss(outputs, y):
@@ -55,15 +52,9 @@ def optimizer(c):
     return optax.chain(optax.sgd(RATE), l1inf.keep_params_in_l1inf_ball(c))
 
 
-def light(c):
-    """Depends on c, and compiles in no time."""
-    return optax.sgd(RATE / (2 + 1 / c))
-
-
 OPTIONS = {"epochs": EPOCHS, "batch_size": N}
 MODEL = (init, apply, loss, optimizer)
 validate = partial(cross_validate, *MODEL, X, Y, **OPTIONS)
-validate_light = partial(cross_validate, random_init, apply, loss, light, X, Y, RADII)
 
 
 def into_l1_ball(v, c):
@@ -180,15 +171,8 @@ def test_the_seed_decides_everything():
 
 
 def test_many_devices_change_nothing(tmp_path):
-    expected = validate_light(epochs=3, batch_size=10)
-    program = (
-        "import jax, numpy, sys\n"
-        "from tests.test_selection import *\n"
-        "assert jax.device_count() == 3\n"
-        "numpy.save(sys.argv[1], validate_light(epochs=3, batch_size=10).scores)\n"
-    )
-    devices.run(program, 3, tmp_path / "scores.npy")
-    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected.scores, rtol=1e-6)
+    devices.run("tests.support.folds", 3, tmp_path / "scores.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), validated(), rtol=1e-6)
 
 
 def test_lanes_computed_together_agree_to_rounding():

@@ -6,41 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from l1inf_optax._training import Lane, Task, share_of_zeros, train
+from l1inf_optax._training import Lane, share_of_zeros, train
 from l1inf_optax.experiments.training import evaluate
-from tests import devices
-
-RNG = np.random.default_rng(1)
-N, D = 20, 3
-X = RNG.normal(size=(N, D)).astype(np.float32)
-Y = (X @ [1.0, -2.0, 0.5]).astype(np.float32)
-LANES = [Lane(0, 0.5), Lane(0, np.inf), Lane(1, 0.5), Lane(2, 1.0)]
-OPTIONS = {"epochs": 3, "batch_size": 6, "seed": 4}
-
-
-def init(key, c):
-    return {"w": jnp.minimum(jax.random.normal(key, (D,)), c)}
-
-
-def apply(params, x):
-    return x @ params["w"]
-
-
-def loss(outputs, y):
-    return (outputs - y) ** 2
-
-
-def clip(c):
-    """A stand-in for a constraint: entries at most c."""
-
-    def update(updates, state, params=None):
-        return jax.tree.map(lambda u, p: jnp.minimum(p + u, c) - p, updates, params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-TASK = Task(init, apply, loss, lambda c: optax.chain(optax.sgd(0.05, momentum=0.9), clip(c)))
-SHARED = (X[None], Y[None])
+from tests.support import devices
+from tests.support.lanes import LANES, OPTIONS, SHARED, TASK, D, N, X, Y, apply, clip, loss, trained
 
 
 def test_every_lane_equals_the_same_lane_trained_alone():
@@ -51,19 +20,10 @@ def test_every_lane_equals_the_same_lane_trained_alone():
 
 
 def test_lanes_on_many_devices_equal_those_on_one(tmp_path):
-    expected = train(TASK, LANES, SHARED, **OPTIONS)
-    program = (
-        "import jax, numpy, sys\n"
-        "from tests.test_training import *\n"
-        "assert jax.device_count() == 3\n"
-        "got = train(TASK, LANES, SHARED, **OPTIONS)\n"
-        "losses = [p.loss for p in got.history]\n"
-        "numpy.savez(sys.argv[1], w=got.params['w'], losses=losses)\n"
-    )
-    devices.run(program, 3, tmp_path / "got.npz")
+    devices.run("tests.support.lanes", 3, tmp_path / "got.npz")
     got = np.load(tmp_path / "got.npz")
-    np.testing.assert_array_equal(got["w"], expected.params["w"])
-    np.testing.assert_array_equal(got["losses"], [p.loss for p in expected.history])
+    for name, expected in zip(got.files, trained(), strict=True):
+        np.testing.assert_array_equal(got[name], expected)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 4])

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 import l1inf_optax as l1inf
 from l1inf_optax._projection.requests import project_columns
-from tests import oracle
+from tests.support import oracle
 
 METHODS = ("newton", "sort")
 U = 2.0**-24  # half a unit in the last place of a float32 in [1, 2)
@@ -442,7 +442,7 @@ def test_norm_has_the_subgradient_of_the_largest_column():
     np.testing.assert_array_equal(jax.grad(l1inf.l1inf_norm)(x), [[0, -1], [0, 1]])
 
 
-# --- found by tests/fuzz_projection.py ------------------------------------------------------------
+# --- found by tests/programs/fuzz_projection.py ---------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
