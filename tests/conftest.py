@@ -1,5 +1,16 @@
+"""How all tests run: in which processes, with which examples, with what compiled.
+
+- All tests run on all cores. Files and tests that are named run in this process, one after the
+  other, so that ``--pdb`` and ``print`` work.
+- What XLA compiles is kept in ``.pytest_cache``, where the next run finds it. With ``CI`` set, as
+  servers do, only until the run ends: it shows that all programs still compile.
+"""
+
 import ctypes
 import gc
+import os
+import shutil
+import tempfile
 
 import hypothesis
 import jax
@@ -14,6 +25,44 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("never by chance")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Takes all cores, unless a file, a test or a word of names was asked for."""
+    paths = (config.invocation_params.dir / name.split("::")[0] for name in config.args)
+    named = config.option.keyword or any(path.is_file() for path in paths)
+    if config.option.numprocesses is None and not named and not hasattr(config, "workerinput"):
+        config.option.numprocesses = "auto"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With ``-m quick``, imports no file in which nothing is: importing all takes half of it."""
+    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+        return "mark.quick" not in collection_path.read_text() or None
+    return None
+
+
+def pytest_configure(config):
+    """Keeps compiled programs for all processes of this run, and for the next one.
+
+    Compiling is most of the tests' time. Children and pytest-xdist's workers inherit the folder.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    if os.environ.get("CI") or not hasattr(config, "cache"):
+        folder = tempfile.mkdtemp(prefix="compiled_")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+    else:
+        folder = str(config.cache.mkdir("compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        os.environ[name.upper()] = str(value)
+        jax.config.update(name, value)
 
 
 def pytest_make_parametrize_id(val, argname):
@@ -44,6 +93,7 @@ HASTY = {
     "test_metric.py",
     "test_models.py",
     "test_nnx.py",
+    "test_quick.py",
     "test_regularizers.py",
     "test_reported.py",
     "test_sharding.py",

@@ -10,40 +10,16 @@ import numpy as np
 import pytest
 
 from l1inf_optax.experiments.data import DataError, load_digits
-
-RNG = np.random.default_rng(0)
-IMAGES = {split: RNG.integers(0, 256, (n, 28, 28), np.uint8) for split, n in (("a", 7), ("b", 4))}
-LABELS = {"a": np.array([0, 9, 1, 2, 3, 4, 5], np.uint8), "b": np.array([6, 7, 8, 9], np.uint8)}
-
-
-def idx(array, magic=None):
-    """An IDX file, written from its specification."""
-    magic = {1: 0x0801, 3: 0x0803}[array.ndim] if magic is None else magic
-    return struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.tobytes()
-
-
-def idx_files(joint="-"):
-    return {
-        f"{split}-{kind}{joint}idx{array.ndim}-ubyte": idx(array)
-        for split, key in (("train", "a"), ("t10k", "b"))
-        for kind, array in (("images", IMAGES[key]), ("labels", LABELS[key]))
-    }
-
-
-def write(folder, files):
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return folder
-
-
-def arrays(**changes):
-    good = {
-        "x_train": IMAGES["a"],
-        "y_train": LABELS["a"],
-        "x_test": IMAGES["b"],
-        "y_test": LABELS["b"],
-    }
-    return {name: array for name, array in {**good, **changes}.items() if array is not None}
+from tests.support.digit_files import (
+    IMAGE_FILE,
+    IMAGES,
+    LABELS,
+    Alarm,
+    arrays,
+    idx,
+    idx_files,
+    write,
+)
 
 
 def write_npz(path, **changes):
@@ -133,7 +109,6 @@ def test_a_folder_that_lacks_one_file_is_refused(tmp_path, name):
     refuse(write(tmp_path, files), name)
 
 
-IMAGE_FILE = "train-images-idx3-ubyte"
 LABEL_FILE = "t10k-labels-idx1-ubyte"
 GOOD = idx(IMAGES["a"])
 
@@ -225,13 +200,6 @@ def test_a_truncated_archive_is_refused(tmp_path):
     path = write_npz(tmp_path / "mnist.npz")
     path.write_bytes(path.read_bytes()[:-100])
     refuse(path, "not an .npz file")
-
-
-class Alarm:
-    """Raises when it is unpickled."""
-
-    def __reduce__(self):
-        return exec, ("raise SystemExit('a pickle was loaded')",)
 
 
 def test_pickles_are_never_loaded(tmp_path):

@@ -97,7 +97,7 @@ def written(arrays, save):
 
 
 def idx_target(folder):
-    from tests.experiments import test_data as good
+    from tests.support import digit_files as good
 
     good.write(folder, good.idx_files())
     image = good.idx(good.IMAGES["a"][:1])
@@ -109,7 +109,7 @@ def idx_target(folder):
 def npz_target(folder):
     import numpy as np
 
-    from tests.experiments import test_data as good
+    from tests.support import digit_files as good
 
     small = {k: v[:2] for k, v in good.arrays().items()}
     seeds = [written(small, save) for save in (np.savez, np.savez_compressed)]
@@ -125,7 +125,7 @@ def npz_target(folder):
 
 
 def cifar_binary_target(folder):
-    from tests.experiments import test_cifar_data as good
+    from tests.support import image_files as good
 
     good.write(folder, good.FILES["binary"])
     name = f"{good.NAME}.bin"
@@ -135,7 +135,7 @@ def cifar_binary_target(folder):
 def cifar_python_target(folder):
     import pickle
 
-    from tests.experiments import test_cifar_data as good
+    from tests.support import image_files as good
 
     good.write(folder, good.FILES["python"])
     seeds = [
@@ -149,7 +149,7 @@ def cifar_python_target(folder):
 def cifar_tar_target(folder):
     import tarfile
 
-    from tests.experiments import test_cifar_data as good
+    from tests.support import image_files as good
 
     packs = good.pack(folder / "x", good.FILES["binary"]).read_bytes()
     plain = gzip.decompress(packs)
@@ -164,7 +164,7 @@ def cifar_tar_target(folder):
 def cifar_jpeg_target(folder):
     import numpy as np
 
-    from tests.experiments import test_cifar_data as good
+    from tests.support import image_files as good
 
     arrays = {k: v for k, v in good.jpegs().items() if k != "class_names"}
     seeds = [written(arrays, save) for save in (np.savez, np.savez_compressed)]

@@ -72,7 +72,7 @@ def on_one_device(optimizer):
 @pytest.mark.parametrize(
     ("optimizer", "layout", "mode"),
     [
-        ("momentum", "columns", "automatic"),
+        pytest.param("momentum", "columns", "automatic", marks=pytest.mark.quick),
         ("momentum", "columns", "explicit"),
         ("momentum", "rows", "automatic"),
         ("momentum", "both", "explicit"),

@@ -1,16 +1,21 @@
 """The tests themselves: they are the same in every process, and wait for none for long."""
 
+import ast
 import os
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
 
+import l1inf_optax as l1inf
+from l1inf_optax import bounds, linen, nnx, plotting, selection
 from tests.support import children
 
 TESTS = children.ROOT / "tests"
+QUICK = "pytestmark = pytest.mark.quick"
 
 
 @pytest.mark.parametrize("half", [0, 1])  # all files would take one process long
@@ -28,6 +33,26 @@ def test_another_process_collects_the_same_tests_in_the_same_order(request, tmp_
     assert done.returncode == 0, done.stdout + done.stderr
     chosen = set(ours)  # of a run with -k, say
     assert [line for line in done.stdout.splitlines() if line in chosen] == ours
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keyword", "processes"),
+    [
+        (["tests", "l1inf_optax"], "", "auto"),
+        (["tests/unit"], "", "auto"),
+        (["tests/promises/test_suite.py"], "", None),
+        (["tests/unit", "tests/promises/test_suite.py::test_x[a::b]"], "", None),
+        (["tests"], "suite", None),
+    ],
+)
+def test_what_is_named_runs_in_one_process(request, arguments, keyword, processes):
+    option = SimpleNamespace(keyword=keyword, numprocesses=None)
+    asked = SimpleNamespace(
+        args=arguments, option=option, invocation_params=SimpleNamespace(dir=children.ROOT)
+    )
+    conftest = request.config.pluginmanager.get_plugin(str(TESTS / "conftest.py"))
+    conftest.pytest_cmdline_main(asked)
+    assert option.numprocesses == processes
 
 
 def test_bytes_are_not_taken_for_an_id(request):
@@ -70,8 +95,52 @@ def test_a_child_does_not_outlive_its_test():
     assert process.returncode is not None
 
 
+def imports(path):
+    """The names that a file imports; of ``from a import b`` both ``a`` and ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield node.module
+
+
+def test_no_file_imports_a_test():
+    for path in TESTS.rglob("*.py"):
+        tests = [name for name in imports(path) if re.match(r"tests\..*\b(test_|conftest)", name)]
+        assert tests == [], path
+
+
+def test_neither_pages_nor_the_package_import_tests():
+    paths = [p for room in ("docs", "l1inf_optax") for p in (children.ROOT / room).rglob("*.py")]
+    assert len(paths) > 40
+    for path in paths:
+        assert not {name for name in imports(path) if re.match(r"tests(\.|$)", name)}, path
+
+
+def test_what_is_quick_names_all_that_is_public():
+    quick = [p.read_text() for p in TESTS.rglob("test_*.py") if QUICK in p.read_text()]
+    modules = [l1inf, bounds, linen, nnx, plotting, selection]
+    public = {
+        name
+        for module in modules
+        for name in getattr(module, "__all__", None) or functions_and_classes(module)
+    }
+    assert len(public) > 40
+    words = set(re.findall(r"\w+", "".join(quick)))
+    assert public - words == set()
+
+
+def functions_and_classes(module):
+    """The public names of a module that has no list of them."""
+    own = [v for v in vars(module).values() if getattr(v, "__module__", None) == module.__name__]
+    return {v.__name__ for v in own if callable(v) and not v.__name__.startswith("_")}
+
+
 def test_no_test_starts_a_process_otherwise():
-    paths = [p for p in TESTS.rglob("*.py") if re.match("test_|on_|devices|conftest", p.name)]
+    rooms = ["experiments", "pages", "promises", "support", "unit"]
+    paths = {p for room in rooms for p in (TESTS / room).rglob("*.py")}
+    paths -= {TESTS / "support" / "children.py"}
     assert len(paths) > 40
     starts = re.compile(r"^ *(import|from) (subprocess|multiprocessing)\b", re.MULTILINE)
     assert [p.name for p in paths if starts.search(p.read_text())] == []
