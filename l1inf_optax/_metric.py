@@ -33,12 +33,12 @@ class _Moments(NamedTuple):
         first: What a step without a gradient starts without: running means of gradients or of
             updates, in which the updates are linear.
         second: Running means of squares: these are the metric.
-        settled: Values that make a step take over some of the second moments it is given.
+        fixed_fields: Values that make a step take over some of the second moments it is given.
     """
 
     first: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
-    settled: tuple[tuple[str, int], ...] = ()
+    fixed_fields: tuple[tuple[str, int], ...] = ()
 
 
 # By the names of optax's states, as it does not export all of them.
@@ -159,12 +159,14 @@ def slopes(
     uneven = has_leaf_factors(lambda g: step(g, none, _moments(before, "second"))[0], grads, layers)
     if alike and not uneven:
         return None
-    held = _held(lambda second: _moments(step(nothing, none, second)[1], "second"), after)
-    moved = _moved(lambda g: step(g, none, held)[0], nothing, after)
+    before_it = _moments_before(
+        lambda second: _moments(step(nothing, none, second)[1], "second"), after
+    )
+    moved = _moved(lambda g: step(g, none, before_it)[0], nothing, after)
     if any(name == "ScaleBySM3State" for name, _ in parts(before)):
         return jax.tree.map(
             lambda u, g, x: jnp.where(g == 0, -x / _NEXT_TO_NOTHING, u / g),
-            step(grads, none, held)[0],
+            step(grads, none, before_it)[0],
             grads,
             moved,
         )
@@ -174,9 +176,9 @@ def slopes(
     largest = jnp.clip(functools.reduce(jnp.maximum, sizes), *_SIZES)
     scale = _NEXT_TO_NOTHING / largest
     small_grads, small_first = jax.tree.map(lambda x: x * scale, (grads, first))
-    linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, held)[0])
-    longer = jax.tree.map(_longer, updates, linear, params)
-    return jax.tree.map(jnp.multiply, moved, longer)
+    linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, before_it)[0])
+    factors = jax.tree.map(_leaf_factor, updates, linear, params)
+    return jax.tree.map(jnp.multiply, moved, factors)
 
 
 def _moved(step: Callable[[Any], Any], nothing: Any, state: Any) -> Any:
@@ -258,7 +260,7 @@ def _reduces(equation: Any) -> bool:
     return any(_reduces(x) for inner in _jaxprs(equation) for x in inner.eqns)
 
 
-def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array:
+def _leaf_factor(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array:
     """The r of ``update = r linear + k param``, by least squares: k is the weight decay.
 
     It holds for every entry: some thousand of them are enough.
@@ -280,7 +282,7 @@ def _longer(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.Array
     return jnp.where((r > 0) & (r < jnp.inf), r, 1)
 
 
-def _held(step: Callable[[Any], Any], after: Any) -> list[Any]:
+def _moments_before(step: Callable[[Any], Any], after: Any) -> list[Any]:
     """Second moments that a step with next to no gradient turns into those of ``after``."""
     wanted = _moments(after, "second")
 
@@ -367,7 +369,7 @@ def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:
     own = MOMENTS.get(name, _Moments())
     changed = {field: next(moments["first"]) for field in own.first}
     changed |= {field: next(moments["second"]) for field in own.second}
-    changed |= {field: jnp.full_like(getattr(state, field), x) for field, x in own.settled}
+    changed |= {field: jnp.full_like(getattr(state, field), x) for field, x in own.fixed_fields}
     if name in WRAPPERS:
         changed[WRAPPERS[name]] = _replaced(getattr(state, WRAPPERS[name]), moments)
     return state._replace(**changed)
