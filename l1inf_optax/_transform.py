@@ -486,7 +486,6 @@ def _into_ball(
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
-            is_bounded=True,
         )
         for layer, radius in chosen
     ]

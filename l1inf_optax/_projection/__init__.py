@@ -5,7 +5,7 @@ The projection of a column v onto the L1 ball of radius c soft-thresholds it,
 
 1. f(theta) = sum max(|v| - theta, 0) - c is convex, decreasing and piecewise linear.
 2. One pass over the entries gives f and its slope; the first at an earlier threshold, or at 0.
-3. f(0) <= 0 means inside the ball: left as it is. In doubt to the last bit? Decided exactly.
+3. f(0) <= 0, whatever rounding can hide, means inside the ball: the column is left as it is.
 4. Newton's step, theta += f(theta) / #{|v| > theta}, lands left of the root from either side.
 5. Far from the root it goes half as far again as an exponential tail would need.
 6. Stop at the first theta near the root where f plus all that rounding can hide is f <= 0.
@@ -20,11 +20,11 @@ The rooms, each of which knows only those before it:
 | `floats` | sums of two floats, powers of two, rounding to a format |
 | `arguments` | what is wrong is said before anything is compiled |
 | `xla_cpu` | what the CPU's compiler has to be told, the plain form beside it |
-| `sums` | column sums to the last bit, on one device or many |
+| `sums` | column sums in doubled precision, on one device or many |
 | `columns` | magnitudes, their scale, how fast they shrink |
 | `measure` | a threshold's norm, excess, doubt and slope, in one pass |
+| `judge` | what a measurement says of a column, and where to look next |
 | `search` | Newton's method: from measurements to the threshold |
-| `sphere` | whether a column whose norm is c to rounding is inside |
 | `sort` | Algorithm 2 of the paper |
 | `shrink` | from thresholds to projected entries |
 | `threshold` | columns and tolerances in, thresholds out |
@@ -36,8 +36,8 @@ The rooms, each of which knows only those before it:
 The words: a *part* is one of the arrays a column is split over (a bias, a kernel); an *entry* is a
 number in it; a *survivor* an entry above the threshold; *slope* how fast an entry, or a norm,
 shrinks as the threshold rises; *excess* how far a norm is above c; *doubt* how far rounding may
-have taken it from the truth; *slack* how far below c is near enough; the *floor* the least
-threshold, which leaves a column as it is; a *pass* one reading of all entries.
+have taken it from the truth; *slack* how far below c is near enough; a *pass* one reading of all
+entries.
 """
 
 from collections.abc import Sequence
@@ -102,9 +102,13 @@ def projection_l1inf_ball(
 
     with :math:`d = 1` unless ``metric`` is given. The result is exact to rounding error: of ``c``;
     with a metric, that of a metric whose last bits differ. It is feasible without tolerance: the
-    absolute values of a column, added up in float64, are at most ``c``. A column inside the ball is
-    returned bit for bit. Infinite entries take the limit (``k`` of them share ``c`` equally); a NaN
-    makes its own column NaN and no other.
+    absolute values of a column, added up in float64, are at most ``c``. Infinite entries take the
+    limit (``k`` of them share ``c`` equally); a NaN makes its own column NaN and no other.
+
+    A column inside its ball is returned bit for bit. One whose norm is within rounding of ``c``, 8
+    units in the last place of a float32, counts as on the sphere: its last bits may move, its zeros
+    do not. 16-bit results are rounded towards zero. What is subnormal (below 1.2e-38 in float32)
+    counts as zero, as processors read it; an entry above 1e38 times ``c`` may count as infinite.
 
     Differentiable in ``x``, ``c`` and ``metric``, forward and reverse, by differentiating the
     optimality conditions: on the support the tangent minus its mean along the signs.
@@ -120,7 +124,7 @@ def projection_l1inf_ball(
         axis: The axis or axes a column runs along; every other axis is a column index.
         metric: ``None`` or the weights d, of the shape of ``x``, positive and finite. Only ratios
             within a column matter; a weight above 2^60 times the least of its column counts as
-            that.
+            that, and so does an entry above 2^60 times ``c``.
         method: ``"newton"`` or ``"sort"``.
 
     Returns:

@@ -7,17 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
-
-from l1inf_optax._projection.floats import terms_rounded_down
 
 Axes = tuple[int, ...]
 Arrays = tuple[jax.Array, ...]
 
 METHODS = ("newton", "sort")
-# Radii for which nothing needs a scale of its own: no sum that decides anything can overflow, no
-# bit that decides anything can underflow, and what underflows is nothing beside c.
-_ORDINARY_RADII = 2.0**-30, 2.0**60
+# Of a column, a weight or an entry above this many times the least, or the radius, counts as that.
+LARGEST_WEIGHT = 2.0**60
 _SHOWN = 16  # numbers that a message shows
 
 
@@ -98,9 +96,19 @@ def brief(x: Any) -> str:
     return text if len(text) <= _SHOWN * 10 else f"{text[: _SHOWN * 10]}..."
 
 
-def is_ordinary_radius(c: ArrayLike) -> bool:
+def ordinary_radii(*, is_weighted: bool) -> tuple[float, float]:
+    """The least and the largest radius for which nothing needs a scale of its own.
+
+    No sum that decides anything can overflow, no bit that decides anything can underflow, and what
+    underflows is nothing beside c. With a metric `LARGEST_WEIGHT`, the largest entry there is, has
+    to be at least c / eps, where float64 has eps = 2^-52.
+    """
+    return 2.0**-30, 2.0**7 if is_weighted else 2.0**60
+
+
+def is_ordinary_radius(c: ArrayLike, *, is_weighted: bool) -> bool:
     """Whether ``c`` is known now (not traced) and of ordinary size."""
-    least, most = _ORDINARY_RADII
+    least, most = ordinary_radii(is_weighted=is_weighted)
     try:
         radii = np.asarray(c).astype(np.float64)
     except jax.errors.TracerArrayConversionError:
@@ -108,12 +116,19 @@ def is_ordinary_radius(c: ArrayLike) -> bool:
     return bool(np.all((radii >= least) & (radii <= most)))
 
 
-def radius_terms(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> Arrays:
-    """``c`` in terms that ``dtype`` can hold; a JAX array stays whole, for its tangent's sake."""
+def radius(c: ArrayLike, dtype: jnp.dtype, columns: tuple[int, ...]) -> jax.Array:
+    """``c`` in ``dtype``, rounded down: no column may exceed what was asked for."""
     check_radius(c, columns)
+    most = float(jnp.finfo(dtype).max)
     if not isinstance(c, jax.Array):
-        return tuple(map(jnp.asarray, terms_rounded_down(np.asarray(c, np.float64), dtype, np)))
-    if jnp.issubdtype(c.dtype, jnp.floating):  # a wider float is taken apart later
-        return (c if c.dtype.itemsize > dtype.itemsize else c.astype(dtype),)
-    nearest = c.astype(dtype)
-    return (jnp.where(nearest.astype(c.dtype) > c, jnp.nextafter(nearest, 0 * nearest), nearest),)
+        exact = np.asarray(c, np.float64)
+        rounded = np.where(exact < np.inf, np.clip(exact, 0, most), exact).astype(dtype)
+        rounded = np.where(rounded > exact, np.nextafter(rounded, np.zeros_like(rounded)), rounded)
+        return jnp.asarray(rounded)
+    if jnp.issubdtype(c.dtype, jnp.floating) and c.dtype.itemsize <= dtype.itemsize:
+        return c.astype(dtype)
+    nearest = jnp.minimum(c.astype(dtype), most)
+    below = jnp.nextafter(nearest, jnp.zeros_like(nearest))
+    # A difference of neighbours is exact, and so is its sum with one of them.
+    step = jnp.where(nearest.astype(c.dtype) > c, below - nearest, 0)
+    return jnp.where(c < jnp.inf, nearest + lax.stop_gradient(step), c.astype(dtype))

@@ -13,26 +13,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from l1inf_optax._projection.arguments import Arrays, Axes
-from l1inf_optax._projection.columns import columns_of, magnitude
+from l1inf_optax._projection.columns import columns_of
 from l1inf_optax._projection.shrink import Found, Projected, shrink
 from l1inf_optax._projection.threshold import find_thresholds
 from l1inf_optax._sharding import Rows, columns_where_they_are
 
 
-class Layer(NamedTuple):
-    """What is known of a layer's columns when the program runs.
+class Problem(NamedTuple):
+    """A layer to project: what is known of its columns when the program runs.
 
     Attributes:
         operands: What its parts are made of.
         slope: ``None`` or how fast each entry shrinks, one array for each part.
         start: Where the search for the thresholds starts, column by column.
-        c: The radius in terms that add up to it, column by column.
+        c: The radius, column by column.
     """
 
     operands: Any
     slope: Arrays | None
     start: jax.Array
-    c: Arrays
+    c: jax.Array
 
 
 class Kind(NamedTuple):
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
         make: Function from a layer's operands to its parts.
         axes: The axes a column runs along.
         method: ``"newton"`` or ``"sort"``.
-        is_ordinary: Whether the radius, and magnitudes with a metric, need no scale of their own.
+        is_ordinary: Whether the radius needs no scale of its own.
     """
 
     make: Callable[..., Arrays]
@@ -52,47 +52,47 @@ class Kind(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def solve(layers: tuple[Layer, ...], kind: Kind) -> tuple[Projected, ...]:
+def solve(problems: tuple[Problem, ...], kind: Kind) -> tuple[Projected, ...]:
     """The layers projected, on the devices that hold them; ``axes`` of the thresholds are kept."""
-    parts = jax.eval_shape(kind.make, *layers[0].operands)
+    parts = jax.eval_shape(kind.make, *problems[0].operands)
     matrix = max(parts, key=lambda part: part.size)
 
-    def on_device(layers: tuple[Layer, ...], rows: Rows) -> tuple[Projected, ...]:
-        if len(layers) == 1 and not rows.names:
-            solutions = [_solve_one(layers[0], kind)]
+    def on_device(problems: tuple[Problem, ...], rows: Rows) -> tuple[Projected, ...]:
+        if len(problems) == 1 and not rows.names:
+            solutions = [_solve_one(problems[0], kind)]
         else:
             is_split = [part.shape == matrix.shape for part in parts]
-            solutions = _solve_in_turn(layers, kind, rows, is_split)
+            solutions = _solve_in_turn(problems, kind, rows, is_split)
         return tuple(
             solved._replace(passes=jnp.broadcast_to(solved.passes, solved.threshold.shape))
             for solved in solutions
         )
 
     solutions = columns_where_they_are(
-        on_device, layers, matrix.shape, kind.axes, split_rows=kind.method != "sort"
+        on_device, problems, matrix.shape, kind.axes, split_rows=kind.method != "sort"
     )
     return tuple(solved._replace(passes=jnp.max(solved.passes, initial=0)) for solved in solutions)
 
 
-def _solve_one(layer: Layer, kind: Kind) -> Projected:
-    parts = kind.make(*layer.operands)
+def _solve_one(problem: Problem, kind: Kind) -> Projected:
+    parts = kind.make(*problem.operands)
     columns = columns_of(
-        parts, layer.c, layer.slope, kind.axes, is_ordinary=kind.is_ordinary, rows=Rows()
+        parts, problem.c, problem.slope, kind.axes, is_ordinary=kind.is_ordinary, rows=Rows()
     )
-    found = find_thresholds(columns, layer.start, kind.axes, kind.method)
-    return shrink(parts, tuple(map(columns.magnitude, columns.entries)), columns.slope, found)
+    found = find_thresholds(columns, problem.start, kind.axes, kind.method)
+    return shrink(parts, columns.slope, found)
 
 
 def _solve_in_turn(
-    layers: tuple[Layer, ...], kind: Kind, rows: Rows, is_split: Sequence[bool]
+    problems: tuple[Problem, ...], kind: Kind, rows: Rows, is_split: Sequence[bool]
 ) -> list[Projected]:
     """Layers of one kind; ``is_split`` says of which parts a device holds only some rows."""
-    by_column = jax.tree.map(lambda *x: jnp.stack(x), *((x.start, x.c) for x in layers))
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *((x.start, x.c) for x in problems))
 
     def made(operands: Any, slope: Arrays | None) -> tuple[Arrays, Arrays | None]:
         return kind.make(*operands), slope
 
-    choices = [functools.partial(made, x.operands, x.slope) for x in layers]
+    choices = [functools.partial(made, x.operands, x.slope) for x in problems]
 
     @jax.jit  # traced once, for its form and for the loop
     def find(i: jax.Array) -> Found:
@@ -106,9 +106,10 @@ def _solve_in_turn(
         columns = columns_of(parts, c, slope, kind.axes, is_ordinary=kind.is_ordinary, rows=rows)
         return find_thresholds(columns, start, kind.axes, kind.method)
 
+    # The entries are made again: only one layer's need memory in the loop.
     return [
-        _shrunk_layer(*make(), found)
-        for make, found in zip(choices, _in_turn(find, len(layers)), strict=True)
+        shrink(*make(), found)
+        for make, found in zip(choices, _in_turn(find, len(problems)), strict=True)
     ]
 
 
@@ -134,14 +135,3 @@ def _in_turn(find: Callable[[jax.Array], Found], n: int) -> list[Found]:
         found = jax.tree.unflatten(jax.tree.structure(form), leaves)
         results.append(found._replace(passes=jnp.max(found.passes, initial=0)))
     return results
-
-
-def _shrunk_layer(parts: Arrays, slope: Arrays | None, found: Found) -> Projected:
-    """A layer projected, its entries made again: only one layer's need memory in the loop."""
-    wide = tuple(x.astype(found.threshold.dtype) for x in parts)
-    slopes = slope or (None,) * len(parts)
-    if found.scaling is None:
-        entries = tuple(magnitude(x, is_weighted=slope is not None) for x in wide)
-    else:
-        entries = tuple(map(found.scaling.magnitude, wide, slopes))
-    return shrink(parts, entries, slope, found)

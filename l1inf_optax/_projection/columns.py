@@ -1,9 +1,11 @@
 """Columns as the search sees them: magnitudes, their scale, and how fast they shrink.
 
 A radius of ordinary size needs no scale: entries are compared as they are. Any other radius is
-brought to 1 <= c < 2 by a power of two, and the entries with it.
+brought to an ordinary size by a power of two, and every entry with it whenever it is read. That
+costs a product, and no copy of the entries.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -11,119 +13,58 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from l1inf_optax._projection.arguments import Arrays, Axes
+from l1inf_optax._projection.arguments import LARGEST_WEIGHT, Arrays, Axes, ordinary_radii
 from l1inf_optax._projection.floats import (
     Pair,
     choose,
     exponent_of,
     moved,
-    rescaled,
-    round_to,
-    scale_of,
-    scaled,
-    terms_rounded_down,
+    power_of_two,
+    round_down,
     wide_dtype,
 )
-from l1inf_optax._projection.sums import largest
+from l1inf_optax._projection.sums import largest, length
 from l1inf_optax._projection.xla_cpu import not_fused
 from l1inf_optax._sharding import Rows
-
-LARGEST_WEIGHT = 2.0**60
-
-
-class Scaling(NamedTuple):
-    """Magnitudes scaled by a power of two to 1 <= c < 2, or lowered first and then scaled.
-
-    Magnitudes that the scale would take out of range, those of a column far larger than c, are
-    lowered by what a threshold near the root takes off them. What then underflows is nothing beside
-    the largest.
-
-    Attributes:
-        up: Two powers of two that take a value to this scale; their product could overflow.
-        down: Their reciprocals.
-        is_lowered: Columns that are lowered.
-        unit: Two powers of two that take the largest magnitude to [1, 2).
-        back: Two that take this to the scale.
-        lowered_by: What lowers magnitudes times ``unit``: the largest threshold there is or, in a
-            weighted search, one next to the least there may be, and its rounding errors.
-        infinite: Columns that hold an infinity, beside which every finite entry is nothing.
-        stand_in: The magnitude that stands for infinity, the radius or the largest that can be
-            stored: it leaves k of them an equal share.
-    """
-
-    up: Pair
-    down: Pair
-    is_lowered: jax.Array
-    unit: Pair
-    back: Pair
-    lowered_by: Arrays
-    infinite: jax.Array
-    stand_in: jax.Array
-
-    def finite(self, part: jax.Array) -> jax.Array:
-        """Magnitudes, on their own scale, of which none is infinite."""
-        a = jnp.abs(part.astype(self.unit[0].dtype))
-        return jnp.where(self.infinite, jnp.where(a == jnp.inf, self.stand_in, 0 * a), a)
-
-    def magnitude(self, part: jax.Array, slope: jax.Array | None) -> jax.Array:
-        """Magnitudes on the scale."""
-        a = self.finite(part)
-        lowered = rescaled(a, self.unit)
-        for theta in self.lowered_by:
-            lowered = above_threshold(lowered, (theta, 0), slope)
-        lowered = scaled(lowered, self.back)
-        if slope is not None:  # beside so large an entry rounding hides the ball; still it must end
-            lowered = jnp.minimum(lowered, LARGEST_WEIGHT)
-        return jnp.where(self.is_lowered, lowered, rescaled(a, self.up))
 
 
 class Columns(NamedTuple):
     """What the search for the thresholds compares, adds up and aims at.
 
     Attributes:
-        entries: What thresholds are compared with, one array for each part: the parts themselves,
-            of which only the magnitudes count, or, on a scale of their own, magnitudes.
+        entries: The parts themselves, of which only the magnitudes count.
         slope: How fast a survivor shrinks as the threshold rises, one array for each part; None
             where every slope is 1.
-        dtypes: The dtype of each part.
-        c: The radius.
-        c_rest: What the float ``c`` leaves out of the radius, in terms of falling size.
-        floor: The least threshold there is: 0, which leaves a column as it is.
-        outside: Columns known to be outside their ball.
+        c: The radius, on the scale.
+        scale: The power of two by which magnitudes are multiplied; None if it is known to be 1.
+        unseen: What subnormal entries may add to a norm, on the scale: processors read them as 0.
         free: Columns without a constraint, c = inf.
-        scaling: How the entries were scaled; None where they are the parts.
         rows: The devices that hold the rest of the columns.
     """
 
     entries: Arrays
     slope: Arrays | None
-    dtypes: tuple[jnp.dtype, ...]
     c: jax.Array
-    c_rest: Arrays
-    floor: jax.Array
-    outside: jax.Array
+    scale: jax.Array | None
+    unseen: jax.Array
     free: jax.Array
-    scaling: Scaling | None
     rows: Rows
 
     def magnitude(self, x: jax.Array) -> jax.Array:
-        """The magnitudes of entries."""
-        if self.scaling is not None:
-            return x
-        return magnitude(x.astype(self.c.dtype), is_weighted=self.slope is not None)
-
-    def as_stored(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """Survivors, rounded as they will be in ``dtype``, on the scale of the entries."""
-        if dtype == x.dtype:
-            return x
-        if self.scaling is None or jnp.finfo(dtype).nexp == jnp.finfo(x.dtype).nexp:
-            return round_to(x, dtype)  # a format of the same range: the scale changes no bit
-        return scaled(round_to(scaled(x, self.scaling.down), dtype), self.scaling.up)
+        """The magnitudes of entries, on the scale."""
+        return magnitude(x.astype(self.c.dtype), self.scale, is_weighted=self.slope is not None)
 
 
-def magnitude(x: jax.Array, *, is_weighted: bool) -> jax.Array:
-    """Magnitudes as they are; in a weighted search none so large that a threshold overflows."""
+def magnitude(x: jax.Array, scale: jax.Array | None, *, is_weighted: bool) -> jax.Array:
+    """Magnitudes on a scale; in a weighted search none so large that a threshold overflows.
+
+    An entry that overflows counts as infinite: beside it c is nothing. With a metric an entry is
+    known to eps times the largest of its column, and beside one above c / eps any result that is
+    feasible is as right as any other.
+    """
     a = jnp.abs(x)
+    if scale is not None:
+        a = a * scale
     return jnp.minimum(a, LARGEST_WEIGHT) if is_weighted else a
 
 
@@ -137,109 +78,64 @@ def above_threshold(
     return (a - first) - second
 
 
-def threshold_leaving_c(
-    a: Arrays, slope: Arrays | None, c: jax.Array, axes: Axes, rows: Rows
-) -> Pair:
-    """The largest threshold that leaves some magnitude at c: left of the root."""
-    info = jnp.finfo(c.dtype)
+def threshold_leaving_c(columns: Columns, axes: Axes) -> Pair:
+    """The largest threshold that leaves some entry at c: left of the root."""
+    c, info = columns.c, jnp.finfo(columns.c.dtype)
+    a = tuple(map(columns.magnitude, columns.entries))
     most = jnp.full_like(c, info.max)
-    if slope is None:
-        top = rows.max(largest(a, axes))
+    if columns.slope is None:
+        top = columns.rows.max(largest(a, axes))
         threshold = moved((top, jnp.zeros_like(top)), -c)
     else:
-        keys = tuple((x - c) / g for x, g in zip(a, slope, strict=True))
-        top = rows.max(largest(keys, axes, initial=-float(info.max)))
+        keys = tuple((x - c) / g for x, g in zip(a, columns.slope, strict=True))
+        top = columns.rows.max(largest(keys, axes, initial=-float(info.max)))
         threshold = top - jnp.abs(top) * (4 * float(info.eps)), jnp.zeros_like(top)
     return choose(top < jnp.inf, threshold, (most, jnp.zeros_like(most)))
 
 
-def slopes_of(parts: Arrays, metric: Arrays, axes: Axes) -> Arrays:
-    """The reciprocals of a metric's weights, those of a column from 2^-60 to 1."""
+def weighted(parts: Arrays, metric: Arrays, c: jax.Array, axes: Axes) -> tuple[Arrays, Arrays]:
+    """Parts and slopes, the reciprocals of a metric's weights: those of a column from 2^-60 to 1.
+
+    Infinite entries share c equally, whatever their weights. So in a column that holds some they
+    become c, all others nothing, and the slopes 1.
+    """
     dtype = wide_dtype(*(part.dtype for part in parts))
     info = jnp.finfo(dtype)
-    d = tuple(weights.astype(dtype) for weights in metric)
+    d = tuple(jnp.maximum(weights.astype(dtype), info.tiny) for weights in metric)
     least = -largest(tuple(-x for x in d), axes, initial=-float(info.max))
-    unit = scale_of(-exponent_of(jnp.maximum(lax.stop_gradient(least), info.tiny)))
+    least = lax.stop_gradient(least)  # only ratios matter
+    slopes = tuple(jnp.maximum(least / x, 1 / LARGEST_WEIGHT) for x in d)
+
     infinite = largest(tuple(jnp.abs(part).astype(dtype) for part in parts), axes) == jnp.inf
-    slopes = (jnp.clip(1 / rescaled(x, unit), 1 / LARGEST_WEIGHT, 1) for x in d)
-    return tuple(jnp.where(infinite, 1, slope) for slope in slopes)  # which share c equally
+
+    def limit(part: jax.Array) -> jax.Array:
+        share = round_down(jnp.minimum(c, info.max), part.dtype).astype(part.dtype)
+        limits = jnp.where(jnp.isinf(part), jnp.sign(part) * share, 0 * part)  # a NaN stays one
+        return jnp.where(infinite, limits, part)
+
+    return tuple(map(limit, parts)), tuple(jnp.where(infinite, 1, g) for g in slopes)
 
 
 def columns_of(
-    parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, *, is_ordinary: bool, rows: Rows
+    parts: Arrays, c: jax.Array, slope: Arrays | None, axes: Axes, *, is_ordinary: bool, rows: Rows
 ) -> Columns:
     """The columns of some parts, on a scale of their own unless their radius is ordinary."""
     if is_ordinary:
-        dtypes = tuple(part.dtype for part in parts)
-        nothing, no = jnp.zeros_like(c[0]), jnp.zeros(c[0].shape, bool)
-        return Columns(parts, slope, dtypes, c[0], c[1:], nothing, no, no, None, rows)
-    return _on_a_scale(parts, c, slope, axes, rows)
-
-
-def _on_a_scale(parts: Arrays, c: Arrays, slope: Arrays | None, axes: Axes, rows: Rows) -> Columns:
-    dtype = wide_dtype(*(part.dtype for part in parts))
-    info = jnp.finfo(dtype)
-    head, *rest = [*terms_rounded_down(c[0], dtype, jnp), *c[1:]] if c[0].dtype != dtype else c
-    radius = jnp.clip(head, 0, info.max)  # a NaN stays one
-    exponent = exponent_of(jnp.maximum(radius, info.tiny))
-    up = scale_of(-exponent)
-    top = rows.max(largest(tuple(jnp.abs(part.astype(dtype)) for part in parts), axes))
-    infinite = top == jnp.inf
-    top = jnp.where(infinite, radius, top)
-    # A threshold's share of a weighted entry rounds with the entry: where the ball is small beside
-    # it, better once than at every threshold.
-    is_lowered = top * (2.0**-40 if slope is None else 2.0**-4) > radius
-    own = exponent_of(jnp.maximum(top, info.tiny))
-    scaling = Scaling(
-        up=up,
-        down=scale_of(exponent),
-        is_lowered=is_lowered,
-        unit=scale_of(-own),
-        back=scale_of(own - exponent),
-        lowered_by=(),
-        infinite=infinite,
-        stand_in=jnp.minimum(radius, min(float(jnp.finfo(x.dtype).max) for x in parts)),
-    )
-    scaling = scaling._replace(
-        lowered_by=_lowered_by(scaling, parts, slope, top, radius, axes, rows)
-    )
-    slopes = (None,) * len(parts) if slope is None else slope
-    entries = tuple(map(scaling.magnitude, parts, slopes))
-    c_scaled = rescaled(radius, up)
-    if slope is None:
-        floor = -c_scaled
-    else:
-        floor = threshold_leaving_c(entries, slope, c_scaled, axes, rows)[0]
+        nothing, no = jnp.zeros_like(c), jnp.zeros(c.shape, bool)
+        return Columns(parts, slope, c, None, nothing, no, rows)
+    info = jnp.finfo(c.dtype)
+    least, most = ordinary_radii(is_weighted=slope is not None)
+    exponent = exponent_of(jnp.clip(c, info.tiny, info.max))
+    ordinary = jnp.clip(exponent, round(math.log2(least)), round(math.log2(most)) - 1)
+    scale = power_of_two(ordinary - exponent)
+    # From an ordinary radius on not even the sum of all of them reaches its last bit.
+    unseen = float(info.tiny) * length(parts, axes) * rows.devices
     return Columns(
-        entries=entries,
+        entries=parts,
         slope=slope,
-        dtypes=tuple(part.dtype for part in parts),
-        c=c_scaled,
-        c_rest=tuple(rescaled(x, up) for x in rest),
-        floor=jnp.where(is_lowered, floor, 0),
-        outside=infinite | is_lowered,
-        free=jnp.isposinf(head),
-        scaling=scaling,
+        c=jnp.clip(c, 0, info.max) * scale,
+        scale=scale,
+        unseen=jnp.where(c < least, unseen * scale, 0),
+        free=jnp.isposinf(c),
         rows=rows,
     )
-
-
-def _lowered_by(
-    scaling: Scaling,
-    parts: Arrays,
-    slope: Arrays | None,
-    top: jax.Array,
-    radius: jax.Array,
-    axes: Axes,
-    rows: Rows,
-) -> Arrays:
-    """Thresholds that take large columns to about c, one after the other."""
-    if slope is None:
-        return (scaled(top, scaling.unit),)
-    a = tuple(rescaled(scaling.finite(x), scaling.unit) for x in parts)
-    thresholds: Arrays = ()
-    for _ in range(3):  # each leaves an error of eps times what was lowered
-        theta, _ = threshold_leaving_c(a, slope, scaled(radius, scaling.unit), axes, rows)
-        a = tuple(above_threshold(x, (theta, 0), g) for x, g in zip(a, slope, strict=True))
-        thresholds = *thresholds, theta
-    return thresholds

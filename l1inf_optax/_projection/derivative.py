@@ -1,7 +1,6 @@
 """The derivative of the projection: the optimality conditions, differentiated."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,26 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from l1inf_optax._projection.arguments import Arrays, Axes
-from l1inf_optax._projection.batch import Kind, Layer, solve
+from l1inf_optax._projection.batch import Kind, Problem, solve
 from l1inf_optax._projection.floats import wide_dtype
 from l1inf_optax._projection.shrink import Projected
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def project(layers: tuple[Layer, ...], kind: Kind) -> tuple[Projected, ...]:
+def project(problems: tuple[Problem, ...], kind: Kind) -> tuple[Projected, ...]:
     """The layers projected; ``axes`` of the thresholds are kept."""
-    return solve(layers, kind)
+    return solve(problems, kind)
 
 
 @project.defjvp
 def _project_jvp(kind: Kind, primals: Any, tangents: Any) -> tuple[tuple[Projected, ...], Any]:
-    (layers,), (dlayers,) = primals, tangents
-    solutions = project(layers, kind)
+    (problems,), (tangents_of,) = primals, tangents
+    solutions = project(problems, kind)
     dsolutions = []
-    for layer, dlayer, solution in zip(layers, dlayers, solutions, strict=True):
-        parts, dparts = jax.jvp(kind.make, layer.operands, dlayer.operands)
+    for problem, dproblem, solution in zip(problems, tangents_of, solutions, strict=True):
+        parts, dparts = jax.jvp(kind.make, problem.operands, dproblem.operands)
         dresults = _tangents(
-            parts, dparts, dlayer.c, layer.slope, dlayer.slope, solution, kind.axes
+            parts, dparts, dproblem.c, problem.slope, dproblem.slope, solution, kind.axes
         )
         nothing: tuple[Any, ...] = (
             jnp.zeros_like(solution.threshold),
@@ -42,7 +41,7 @@ def _project_jvp(kind: Kind, primals: Any, tangents: Any) -> tuple[tuple[Project
 def _tangents(
     parts: Arrays,
     dparts: Arrays,
-    dc: Sequence[jax.Array],
+    dc: jax.Array,
     slope: Arrays | None,
     dslope: Arrays,
     solution: Projected,
@@ -72,9 +71,8 @@ def _tangents(
         kept = (jnp.where(s, x, 0) for s, x in zip(support, values, strict=True))
         return functools.reduce(jnp.add, (x.sum(axes, keepdims=True) for x in kept))
 
-    radius = functools.reduce(jnp.add, (t.astype(dtype) for t in dc))
     weight = over_support(slopes)
-    dtheta = (over_support(free) - radius) / jnp.where(weight > 0, weight, 1)
+    dtheta = (over_support(free) - dc) / jnp.where(weight > 0, weight, 1)
     return tuple(
         jnp.where(inside, dv, jnp.where(s, sign * (e - g * dtheta), 0).astype(dv.dtype))
         for dv, s, sign, e, g in zip(dparts, support, signs, free, slopes, strict=True)

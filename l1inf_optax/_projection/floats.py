@@ -5,11 +5,8 @@ entries just above the threshold would each be wrong by half a unit in its last 
 some per cent.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
@@ -67,31 +64,6 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((exponent + (info.maxexp - 1)) << info.nmant, info.dtype)
 
 
-def scale_of(exponent: jax.Array) -> Pair:
-    """Two powers of two whose product is 2^exponent; as one float it could overflow."""
-    half = exponent // 2
-    return power_of_two(half), power_of_two(exponent - half)
-
-
-def reciprocal(scale: Pair) -> Pair:
-    """The scale that undoes a scale."""
-    return 1 / scale[0], 1 / scale[1]
-
-
-def scaled(x: jax.Array, scale: Pair) -> jax.Array:
-    """``x`` times the scale."""
-    return x * scale[0] * scale[1]
-
-
-def rescaled(a: jax.Array, scale: Pair) -> jax.Array:
-    """Magnitudes times the scale, subnormal ones included, which CPUs and TPUs read as zero."""
-    info = jnp.finfo(a.dtype)
-    lowest = info.minexp - info.nmant  # a subnormal number is an integer times 2^lowest
-    integer = lax.bitcast_convert_type(a, jnp.dtype(f"int{info.bits}")).astype(a.dtype)
-    tiny = integer * (scale[0] * 2.0 ** (lowest // 2)) * (scale[1] * 2.0 ** (lowest - lowest // 2))
-    return jnp.where(a < info.tiny, tiny, scaled(a, scale))
-
-
 # --- rounding to a format -------------------------------------------------------------------------
 
 
@@ -113,30 +85,16 @@ def round_to(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 def round_down(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """``x``, positive, rounded towards zero in ``dtype`` but still in its own."""
-    info = jnp.finfo(dtype)
-    if x.dtype == dtype:
+    """``x``, not negative, rounded towards zero in ``dtype`` but still in its own."""
+    info, own = jnp.finfo(dtype), jnp.finfo(x.dtype)
+    if info.bits >= own.bits:
         return x
-    quantum = jnp.maximum(power_of_two(exponent_of(x) - info.nmant), float(info.smallest_subnormal))
-    return jnp.minimum(jnp.floor(x / quantum) * quantum, float(info.max))
-
-
-def terms_rounded_down(c: Any, dtype: jnp.dtype, xp: Any) -> list[Any]:
-    """Three floats of ``dtype``, rounded down, that add up to ``c``: 72 bits hold float64's 53.
-
-    Args:
-        c: A wider float, of NumPy or JAX.
-        dtype: The narrower format.
-        xp: The module that ``c`` belongs to, `numpy` or `jax.numpy`.
-    """
-    terms: list[Any] = []
-    for _ in range(3):
-        with np.errstate(over="ignore"):
-            nearest = c.astype(dtype)
-        terms.append(xp.where(nearest > c, xp.nextafter(nearest, xp.zeros_like(nearest)), nearest))
-        finite = xp.isfinite(terms[-1])
-        c = xp.where(finite, c - xp.where(finite, terms[-1], 0), 0)
-    return terms
+    dropped = own.nmant - info.nmant
+    rounded = lax.bitcast_convert_type((bits(x) >> dropped) << dropped, x.dtype)
+    if info.nexp < own.nexp:  # below its normal numbers a format is a fixed-point format
+        quantum = float(info.smallest_subnormal)
+        rounded = jnp.where(x < float(info.tiny), jnp.floor(x / quantum) * quantum, rounded)
+    return jnp.minimum(rounded, float(info.max))
 
 
 def bits(x: jax.Array) -> jax.Array:

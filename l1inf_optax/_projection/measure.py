@@ -1,15 +1,13 @@
 """What soft-thresholding at some threshold leaves of every column, in one pass over the entries."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from l1inf_optax._projection.arguments import Arrays, Axes
 from l1inf_optax._projection.columns import Columns, above_threshold
-from l1inf_optax._projection.floats import Pair, exponent_of, power_of_two
+from l1inf_optax._projection.floats import Pair
 from l1inf_optax._projection.sums import (
     FOLDS,
     add,
@@ -22,7 +20,7 @@ from l1inf_optax._projection.xla_cpu import kept_in_the_loop
 
 
 class Measured(NamedTuple):
-    """The norm of what soft-thresholding leaves of a column, as it will be stored.
+    """The norm of what soft-thresholding leaves of a column.
 
     Attributes:
         norm: The norm.
@@ -60,33 +58,15 @@ def _survivors(columns: Columns, theta: Pair, axes: Axes) -> list[Arrays]:
     """What soft-thresholding leaves, and how fast it shrinks, folded."""
     entries, theta = kept_in_the_loop((columns.entries, theta))
     pairs: list[Arrays] = []
-    for i, (x, dtype) in enumerate(zip(entries, columns.dtypes, strict=True)):
+
+    def values(x: jax.Array, *slope: jax.Array) -> Arrays:
+        over = above_threshold(columns.magnitude(x), theta, *(slope or (None,)))
+        dropped = over <= 0  # a NaN is not
+        # -0.0 is what addition leaves alone: the compiler can skip instead of add.
+        kept = slope[0] if slope else jnp.ones_like(over)
+        return jnp.where(dropped, -0.0, over), jnp.where(dropped, -0.0, kept)
+
+    for i, x in enumerate(entries):
         slope = () if columns.slope is None else (columns.slope[i],)
-
-        def values(x: jax.Array, *slope: jax.Array, dtype: jnp.dtype = dtype) -> Arrays:
-            over = above_threshold(columns.magnitude(x), theta, *(slope or (None,)))
-            dropped = over <= 0  # a NaN is not
-            stored = columns.as_stored(over, dtype)
-            # -0.0 is what addition leaves alone: the compiler can skip instead of add.
-            kept = slope[0] if slope else jnp.ones_like(over)
-            return jnp.where(dropped, -0.0, stored), jnp.where(dropped, -0.0, kept)
-
         pairs += fold(values, (x, *slope), axes, add)
     return pairs
-
-
-def largest_share(columns: Columns, theta: jax.Array, axes: Axes) -> jax.Array:
-    """The largest value an entry may keep: of k infinite ones, an equal share of c."""
-    info = jnp.finfo(theta.dtype)
-    infinite = theta == info.max  # where the search ends if none but infinite entries survive
-
-    def share() -> jax.Array:
-        ks = ((jnp.abs(x) == jnp.inf).sum(axes, keepdims=True) for x in columns.entries)
-        mine: jax.Array = functools.reduce(jnp.add, ks)
-        k = jnp.maximum(columns.rows.sum(mine), 1).astype(theta.dtype)
-        is_power_of_two = k == power_of_two(exponent_of(k))
-        # Rounded down, so that k of them fit into c.
-        rounding = jnp.where(is_power_of_two, 1, 1 - info.eps)
-        return jnp.where(infinite, columns.c / k * rounding, jnp.inf)
-
-    return lax.cond(jnp.any(infinite), share, lambda: jnp.full_like(theta, jnp.inf))

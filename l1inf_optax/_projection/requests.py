@@ -13,10 +13,10 @@ from l1inf_optax._projection.arguments import (
     check_floating,
     check_method,
     is_ordinary_radius,
-    radius_terms,
+    radius,
 )
-from l1inf_optax._projection.batch import Kind, Layer
-from l1inf_optax._projection.columns import slopes_of
+from l1inf_optax._projection.batch import Kind, Problem
+from l1inf_optax._projection.columns import weighted
 from l1inf_optax._projection.derivative import project
 from l1inf_optax._projection.floats import wide_dtype
 from l1inf_optax._projection.shrink import Projected
@@ -32,8 +32,6 @@ class Request(NamedTuple):
         start: ``None`` or a guess of the thresholds.
         slope: ``None`` or how fast each entry shrinks as the threshold rises, in the shapes of the
             parts, from 2^-60 to 1: the reciprocals of a metric's weights.
-        is_bounded: Whether magnitudes above 2^60 may count as that, which saves a weighted
-            projection a copy of the entries.
     """
 
     operands: Any
@@ -41,7 +39,6 @@ class Request(NamedTuple):
     axes: Axes
     start: jax.Array | None = None
     slope: Arrays | None = None
-    is_bounded: bool = False
 
 
 def project_columns(
@@ -78,7 +75,9 @@ def project_columns(
                     f"metric has shape {weights.shape}, but x has shape {part.shape}: "
                     "give one weight for each entry"
                 )
-    slope = None if metric is None else slopes_of(parts, metric, axes)
+    slope = None
+    if metric is not None:
+        parts, slope = weighted(parts, metric, _by_column(c, parts, axes), axes)
     request = Request(parts, c, axes, start, slope)
     return project_all(_as_they_are, [request], method=method)[0]
 
@@ -119,18 +118,25 @@ def project_all(
     return [results[i] for i in range(len(requests))]
 
 
-def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tuple[Layer, Kind]:
-    operands, c, axes, start, slope, is_bounded = request
+def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tuple[Problem, Kind]:
+    operands, c, axes, start, slope = request
     parts = jax.eval_shape(make, *operands)
     for part in parts:
         check_floating(part.dtype, "the array")
-    dtype = wide_dtype(*(part.dtype for part in parts))
+    by_column = _by_column(c, parts, axes)
+    if start is None:
+        guess = jnp.zeros_like(by_column)
+    else:
+        guess = jnp.expand_dims(start.astype(by_column.dtype), axes)
+    is_ordinary = is_ordinary_radius(c, is_weighted=slope is not None)
+    return Problem(operands, slope, guess, by_column), Kind(make, axes, method, is_ordinary)
+
+
+def _by_column(c: ArrayLike, parts: Any, axes: Axes) -> jax.Array:
+    """The radius of every column, of the shape of the columns; ``axes`` are kept."""
     columns = tuple(n for i, n in enumerate(parts[0].shape) if i not in axes)
-    terms = radius_terms(c, dtype, columns)
-    guess = jnp.zeros((), dtype) if start is None else start.astype(dtype)
-    first, *rest = (jnp.expand_dims(jnp.broadcast_to(x, columns), axes) for x in (guess, *terms))
-    is_ordinary = (slope is None or is_bounded) and is_ordinary_radius(c)
-    return Layer(operands, slope, first, tuple(rest)), Kind(make, axes, method, is_ordinary)
+    found = radius(c, wide_dtype(*(part.dtype for part in parts)), columns)
+    return jnp.expand_dims(jnp.broadcast_to(found, columns), axes)
 
 
 def _as_they_are(*parts: jax.Array) -> Arrays:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from l1inf_optax._projection.arguments import Arrays
-from l1inf_optax._projection.columns import Scaling, above_threshold
-from l1inf_optax._projection.floats import Pair, bits, round_down, round_to, scaled
+from l1inf_optax._projection.columns import above_threshold, magnitude
+from l1inf_optax._projection.floats import Pair, bits, round_down
 
 
 class Projected(NamedTuple):
@@ -32,10 +32,10 @@ class Found(NamedTuple):
     """What the search has found of each column; enough to project its entries one by one.
 
     Attributes:
-        theta: The threshold of the column's entries on their scale.
+        theta: The threshold of the column's magnitudes on their scale.
         inside: Whether the column is inside its ball.
-        largest_share: The largest value an entry may keep.
-        scaling: The entries' scale, as in `Columns`.
+        largest_share: The largest value an entry may keep on its scale.
+        scale: The power of two that magnitudes are multiplied by, as in `Columns`.
         threshold: The threshold of the parts themselves.
         passes: How many thresholds were tried.
     """
@@ -43,34 +43,29 @@ class Found(NamedTuple):
     theta: Pair
     inside: jax.Array
     largest_share: jax.Array
-    scaling: Scaling | None
+    scale: jax.Array | None
     threshold: jax.Array
     passes: jax.Array
 
 
-def shrink(parts: Arrays, entries: Arrays, slope: Arrays | None, found: Found) -> Projected:
-    """The parts, projected, from their entries as the search has compared them."""
+def shrink(parts: Arrays, slope: Arrays | None, found: Found) -> Projected:
+    """The parts, projected."""
     slopes = (None,) * len(parts) if slope is None else slope
-    results = tuple(
-        _shrunk(part, entry, g, found)
-        for part, entry, g in zip(parts, entries, slopes, strict=True)
-    )
+    results = tuple(_shrunk(x, g, found) for x, g in zip(parts, slopes, strict=True))
     return Projected(results, found.threshold, found.inside, found.passes)
 
 
-def _shrunk(part: jax.Array, entry: jax.Array, slope: jax.Array | None, found: Found) -> jax.Array:
-    w = above_threshold(entry, found.theta, slope)
-    if found.scaling is None:
-        share = round_down(found.largest_share, part.dtype)
-        w = jnp.where(w > share, share, w)
-    else:
-        w = jnp.where(found.inside, 0, scaled(w, found.scaling.down))
-    w = round_to(w, part.dtype)
+def _shrunk(part: jax.Array, slope: jax.Array | None, found: Found) -> jax.Array:
+    wide = part.astype(found.threshold.dtype)
+    a = magnitude(wide, found.scale, is_weighted=slope is not None)
+    w = jnp.minimum(jnp.maximum(above_threshold(a, found.theta, slope), 0), found.largest_share)
+    if found.scale is not None:
+        w = w / found.scale
+    # Rounded towards zero, so that what is stored fits into the ball that the search has met.
+    w = round_down(w, part.dtype)
     # Inside its ball a column has threshold 0 and survives as it is, but for what computers take
     # for zero: negative zeros and subnormal numbers. In bits, as no CPU selects 16-bit floats.
     stored = bits(part)
     sign = stored & bits(jnp.asarray(-0.0, part.dtype))
-    rest = jnp.where(found.inside, stored, 0)
-    return lax.bitcast_convert_type(
-        jnp.where(w <= 0, rest, bits(w.astype(part.dtype)) | sign), part.dtype
-    )
+    projected = jnp.where(w <= 0, 0, bits(w.astype(part.dtype)) | sign)
+    return lax.bitcast_convert_type(jnp.where(found.inside, stored, projected), part.dtype)

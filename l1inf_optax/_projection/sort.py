@@ -21,7 +21,7 @@ def sorted_thresholds(columns: Columns, axes: Axes) -> jax.Array:
 
     keys = _as_rows(tuple(map(columns.magnitude, columns.entries)), columns.c.size, axes)
     if keys.size == 0:
-        return columns.floor
+        return jnp.zeros_like(columns.c)
     if columns.slope is None:
         slopes = jnp.ones_like(keys)
     else:

@@ -43,7 +43,7 @@ def project(
     x: jax.Array, c: float, start: jax.Array | None, slope: jax.Array | None = None
 ) -> Projected:
     slopes = None if slope is None else (slope,)
-    return project_all(lambda x: (x,), [Request((x,), c, (0,), start, slopes, is_bounded=True)])[0]
+    return project_all(lambda x: (x,), [Request((x,), c, (0,), start, slopes)])[0]
 
 
 def columns(kind: str, shape: tuple[int, int]) -> np.ndarray:

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import l1inf_optax as l1inf
+from l1inf_optax._projection.shrink import Projected
+from l1inf_optax._transform import _keep_params_in_ball
 from tests.support import oracle
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -73,7 +75,8 @@ def test_a_column_inside_keeps_its_update_bit_for_bit(dtype):
     updates = like(rng, params, 0.05)
     after = optax.apply_updates(params, updates)
     column_norms = norms(**after["layer"])
-    c = float(np.sort(column_norms)[6])  # half of the columns are inside, one on the sphere
+    # Half of the columns are inside, one next to the sphere, by more than rounding.
+    c = float(np.sort(column_norms)[6]) * (1 + 2.0**-20)
     inside = column_norms <= c
     tx = l1inf.keep_params_in_l1inf_ball(c)
     projected, _ = tx.update(updates, tx.init(params), params)
@@ -701,3 +704,41 @@ def test_empty_parameters_are_an_error(empty):
     ):
         with pytest.raises(ValueError, match="holds no arrays: give the parameters themselves"):
             call(empty)
+
+
+# --- another ball ---------------------------------------------------------------------------------
+
+
+def onto_l2_balls(make, requests):
+    """Columns of an L2 norm of at most c, as Keras's MaxNorm keeps them."""
+
+    def project(request):
+        parts = make(*request.operands)
+        squares = sum(jnp.sum(x**2, request.axes, keepdims=True) for x in parts)
+        norm = jnp.sqrt(squares)
+        shorter = request.c / norm * (1 - 4 * jnp.finfo(norm.dtype).eps)
+        inside = norm <= request.c
+        return Projected(
+            parts=tuple(jnp.where(inside, x, x * shorter) for x in parts),
+            threshold=jnp.zeros_like(jnp.squeeze(norm, request.axes)),
+            inside=inside,
+            passes=jnp.int32(1),
+        )
+
+    return [project(request) for request in requests]
+
+
+def test_another_ball_takes_one_function():
+    rng = np.random.default_rng(0)
+    params = dense(rng)
+    tx = optax.chain(
+        optax.sgd(0.1, momentum=0.9), _keep_params_in_ball(onto_l2_balls, 0.5, None, None)
+    )
+    state = tx.init(params)
+    for _ in range(10):
+        updates, state = tx.update(like(rng, params, 0.3), state, params)
+        params = optax.apply_updates(params, updates)
+        columns = np.vstack([params["layer"]["bias"], params["layer"]["kernel"]])
+        lengths = np.sqrt((columns.astype(np.float64) ** 2).sum(0))
+        assert (lengths <= 0.5).all()
+    assert (lengths > 0.49).any()

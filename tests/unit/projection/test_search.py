@@ -4,9 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l1inf_optax._projection.measure import Measured
-from l1inf_optax._projection.search import (
-    NEWTON_PASSES,
+from l1inf_optax._projection.judge import (
     Known,
     State,
     Tolerances,
@@ -14,26 +12,24 @@ from l1inf_optax._projection.search import (
     judge,
     left_bound,
     newtons_gain,
-    search,
 )
+from l1inf_optax._projection.measure import Measured
+from l1inf_optax._projection.search import NEWTON_PASSES, search
 
 EPS = 2.0**-23
-LARGEST = float(jnp.finfo(jnp.float32).max)
 COLUMN = np.array([5.0, 3.0, 2.0, 1.0, 0.5])
 NO = jnp.asarray(False)
-UNKNOWN = Known(NO, NO, NO, NO, NO, NO)
+UNKNOWN = Known(NO, NO, NO, NO, NO)
 
 
-def tolerances(c=1.0, slack=3 * EPS, storage_eps=EPS, is_weighted=False):
+def tolerances(c=1.0, unseen=0.0):
     c = jnp.float32(c)
     return Tolerances(
         c=c,
-        invisible=jnp.float32(0),
-        slack=slack * c,
-        underflow=jnp.float32(0),
+        slack=3 * EPS * c,
+        unseen=jnp.float32(unseen),
         eps=EPS,
-        storage_eps=storage_eps,
-        is_weighted=is_weighted,
+        is_weighted=False,
         newton_passes=NEWTON_PASSES,
     )
 
@@ -49,10 +45,8 @@ def at(theta, known=UNKNOWN, left=0.0, passes=0):
     return State((theta, jnp.float32(0)), jnp.float32(left), known.bits, jnp.int32(passes))
 
 
-def judged(theta, c=1.0, doubt=0.0, state=None):
-    return judge(
-        measured(theta, c, doubt), state or at(theta), jnp.float32(0), tolerances(c), LARGEST
-    )
+def judged(theta, c=1.0, doubt=0.0, state=None, unseen=0.0):
+    return judge(measured(theta, c, doubt), state or at(theta), tolerances(c, unseen))
 
 
 def root(c):
@@ -66,24 +60,33 @@ def root(c):
 
 
 @pytest.mark.parametrize(("c", "outside"), [(11.5, False), (11.4, True), (1.0, True)])
-def test_a_column_is_outside_if_its_norm_at_the_floor_is_above_c(c, outside):
+def test_a_column_is_outside_if_its_norm_is_above_c(c, outside):
     verdict = judged(0.0, c)
     assert bool(verdict.outside) is outside
     assert bool(verdict.inside) is not outside
     assert bool(verdict.done) is not outside
 
 
+def test_a_column_within_rounding_of_its_sphere_counts_as_outside():
+    assert judged(0.0, c=11.5001, doubt=0.001).outside
+    assert judged(0.0, c=11.5001).inside
+
+
+def test_a_column_that_may_hold_more_than_is_seen_is_left_without_it():
+    verdict = judged(0.0, c=12.0, unseen=1.0)
+    assert verdict.outside  # so what cannot be read is set to zero
+    assert verdict.done  # and nothing else is taken off
+    assert judged(0.0, c=12.0, unseen=0.1).inside
+
+
 def test_a_column_can_be_known_to_be_outside_from_any_threshold():
-    # norm(0) - c >= excess(theta) + survivors theta: 1.5 - 3 + 2 * 2.25 at 2.25, say
+    # norm(0) - c >= excess(theta) + survivors theta: 3.5 - 3 + 2 * 2.25 at 2.25, say
     assert judged(2.25, c=3.0).outside
-    assert not judged(2.25, c=3.0).asked
 
 
 def test_what_rounding_may_hide_decides_nothing():
-    assert judged(0.0, c=11.4999).outside
-    assert not judged(0.0, c=11.4999, doubt=0.001).outside
-    assert not judged(0.0, c=11.5001, doubt=0.001).inside
-    assert judged(0.0, c=11.5001).inside
+    assert judged(0.25, c=11.4999).outside
+    assert not judged(0.25, c=11.4999, doubt=0.001).outside
 
 
 def test_a_feasible_threshold_is_the_answer_only_near_c():
@@ -98,7 +101,7 @@ def test_a_feasible_threshold_is_the_answer_only_near_c():
 
 def test_a_column_that_is_not_a_number_is_done():
     broken = Measured(*map(jnp.float32, (np.nan, np.nan, 0, 1)))
-    assert judge(broken, at(0.0), jnp.float32(0), tolerances(), LARGEST).done
+    assert judge(broken, at(0.0), tolerances()).done
 
 
 @pytest.mark.parametrize("theta", [0.0, 0.7, 1.5, 2.5, 4.9])
@@ -126,7 +129,7 @@ def test_an_exponential_tail_is_crossed_in_one_step():
 @pytest.mark.parametrize("theta", [0.0, 0.7, 1.5, 2.5, 4.0, 4.9, 6.0])
 def test_the_left_bound_is_left_of_the_root(theta):
     m, verdict = measured(theta, doubt=1e-4), judged(theta, doubt=1e-4)
-    left = left_bound(m, verdict, at(theta), jnp.float32(0), tolerances())
+    left = left_bound(m, verdict, at(theta), tolerances())
     assert 0 <= left <= root(1.0)
 
 
@@ -144,7 +147,7 @@ def test_the_search_finds_the_root_of_whatever_can_be_measured(start):
     def leaving_c():
         return column.max() - 1, jnp.float32(0)
 
-    found = search(measure, leaving_c, tolerances(), jnp.float32(start), jnp.float32(0), UNKNOWN)
+    found = search(measure, leaving_c, tolerances(), jnp.float32(start), UNKNOWN)
     assert found.known.done
     assert found.known.outside
     theta = float(found.trial[0]) + float(found.trial[1])

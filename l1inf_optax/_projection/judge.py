@@ -1,0 +1,191 @@
+"""What one measurement says of a column, and where it leads: pure functions of a few numbers.
+
+1. `judge`: is the column known to be outside its ball? Is this threshold the answer?
+2. `newtons_gain`: how far Newton's step goes.
+3. `exponential_gain`: how far it would be if the tail fell exponentially; half of that is safe.
+4. `left_bound`: a threshold sure to be left of the root.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from l1inf_optax._projection.floats import Pair
+from l1inf_optax._projection.measure import Measured
+
+USUAL_PASSES = 12
+_FAR = 2.0**-8  # an excess of this share of c is far from the root: rounding plays no part
+
+
+class Tolerances(NamedTuple):
+    """How exact an answer has to be, column by column where it is an array.
+
+    Attributes:
+        c: The radius.
+        slack: How far below c a result may end: a few units in the last place.
+        unseen: What a norm leaves out that is taken off a column unless it is left as it is.
+        eps: Rounding of the search itself.
+        is_weighted: Whether survivors shrink at slopes of their own.
+        newton_passes: The pass after which any feasible threshold will do.
+    """
+
+    c: jax.Array
+    slack: jax.Array
+    unseen: jax.Array
+    eps: float
+    is_weighted: bool
+    newton_passes: int
+
+
+class Known(NamedTuple):
+    """What is known of a column.
+
+    Attributes:
+        outside: It counts as outside its ball.
+        inside: It is inside.
+        done: It has its answer.
+        crossed: A threshold was right of the root.
+        topped: Its largest entry was read.
+    """
+
+    outside: jax.Array
+    inside: jax.Array
+    done: jax.Array
+    crossed: jax.Array
+    topped: jax.Array
+
+    @property
+    def bits(self) -> jax.Array:
+        """All of it in one integer: a loop writes every array of its state by a kernel of its own.
+
+        So it costs a kernel, not five.
+        """
+        bits = (jnp.where(fact, 1 << i, 0) for i, fact in enumerate(self))
+        return functools.reduce(jnp.bitwise_or, bits)
+
+
+class State(NamedTuple):
+    """State of the search.
+
+    Attributes:
+        trial: The threshold to try next; where done, the answer.
+        left: The largest known to be left of the root, but for rounding.
+        bits: What is known of the columns, as `Known` packs it.
+        passes: How many thresholds were tried.
+    """
+
+    trial: Pair
+    left: jax.Array
+    bits: jax.Array
+    passes: jax.Array
+
+    @property
+    def known(self) -> Known:
+        """What is known of the columns."""
+        return Known(*(self.bits & (1 << i) > 0 for i in range(len(Known._fields))))
+
+
+class Verdict(NamedTuple):
+    """What a measurement says of a column and of the threshold tried.
+
+    Attributes:
+        feasible: The norm is at most c, whatever rounding hides.
+        outside: The column counts as outside its ball.
+        inside: The column is inside its ball.
+        near: The norm is so little below c that no better threshold is looked for.
+        done: The threshold tried is the answer.
+        blur: By how much the norm jumps as the threshold moves by its last bit.
+    """
+
+    feasible: jax.Array
+    outside: jax.Array
+    inside: jax.Array
+    near: jax.Array
+    done: jax.Array
+    blur: jax.Array
+
+
+def judge(measured: Measured, state: State, tolerances: Tolerances) -> Verdict:
+    """Where the column and the threshold tried are known to be.
+
+    Args:
+        measured: The norm at ``state.trial``.
+        state: The search so far.
+        tolerances: How exact an answer has to be.
+    """
+    _, excess, doubt, slope = measured
+    passes, trial = state.passes + 1, state.trial
+    above, below = excess + doubt, excess - doubt  # the true excess lies between them
+    feasible = above <= 0
+    late = passes > tolerances.newton_passes
+
+    # Is the column outside its ball? The norm is convex in the threshold with slope -survivors, so
+    #   norm(0) - c >= excess(trial) + survivors * trial.
+    # Both terms are taken low: `below` is the least excess that rounding allows, `height` loses
+    # 2^-20. At 0 itself a column that is not surely inside counts as outside.
+    height = (trial[0] + trial[1]) * (1 - 2.0**-20)
+    at_zero = height <= 0
+    inside = at_zero & (above + tolerances.unseen <= 0) & ~state.known.outside
+    outside = state.known.outside | jnp.where(at_zero, ~inside, below + slope * height > 0)
+
+    # With a metric the threshold's share of each entry rounds, and no step is finer than that. A
+    # column that is not done after the usual passes has sums that jump over c and back.
+    blur = doubt + tolerances.eps * slope * height if tolerances.is_weighted else doubt
+    blur *= jnp.where(passes > USUAL_PASSES, 2, 0.5 if tolerances.is_weighted else 0)
+    near = (above >= -(tolerances.slack + blur)) | at_zero | late
+    if tolerances.is_weighted:
+        near |= trial[0] - state.left <= 8 * tolerances.eps * jnp.abs(trial[0])
+    done = state.known.done | (feasible & near & outside) | inside | jnp.isnan(excess)
+    return Verdict(feasible, outside, inside, near, done, blur)
+
+
+def newtons_gain(
+    measured: Measured, verdict: Verdict, passes: jax.Array, tolerances: Tolerances
+) -> jax.Array:
+    """How far Newton's step goes: excess over slope, aimed a little right of the root.
+
+    Where nothing survives there is no slope, and no step.
+
+    Args:
+        measured: The norm at the threshold tried.
+        verdict: What it says.
+        passes: How many thresholds were tried, this one included.
+        tolerances: How exact an answer has to be.
+    """
+    norm, excess, doubt, slope = measured
+    above, below = excess + doubt, excess - doubt
+    aim = jnp.minimum(doubt, 1.5 * tolerances.eps * tolerances.c) + verdict.blur / 4
+    # Entries that tie round alike, so that a step may change nothing: try longer ones.
+    stretch = jnp.exp2(jnp.clip(passes - USUAL_PASSES, 0, 3).astype(norm.dtype))
+    close = jnp.minimum(
+        (above + aim) * jnp.where(verdict.feasible, 1, stretch),
+        above + (tolerances.slack + verdict.blur) / 2,
+    )
+    far = below > _FAR * tolerances.c
+    goal = jnp.where(far, below * (1 - 4 * tolerances.eps), close)  # a quotient rounds, too
+    return jnp.where(slope > 0, goal, 0) / jnp.where(slope > 0, slope, 1)
+
+
+def exponential_gain(measured: Measured, c: jax.Array) -> jax.Array:
+    """How far away the root is if the tail falls exponentially: log(norm / c) times norm / slope.
+
+    Newton's step falls short of that from the left, and far short of it from the right.
+    """
+    survives = measured.slope > 0
+    norm, slope = (jnp.where(survives, x, 1) for x in (measured.norm, measured.slope))
+    return jnp.where(survives, norm / slope * jnp.log(norm / c), 0)
+
+
+def left_bound(
+    measured: Measured, verdict: Verdict, state: State, tolerances: Tolerances
+) -> jax.Array:
+    """The largest threshold known to be left of the root: Newton's step, every term taken low."""
+    _, excess, doubt, slope = measured
+    trial = state.trial[0]
+    least = jnp.maximum(excess - doubt - tolerances.slack, 0)
+    left = trial + least / jnp.where(slope > 0, slope, 1)
+    left = left - jnp.abs(left) * (4 * tolerances.eps)
+    before = jnp.where(trial > state.left, state.left, 0)
+    return jnp.where(verdict.feasible | ~(left > before), before, left)
