@@ -27,7 +27,10 @@ WIDTH = 6
 MODEL = l1inf.linen.AugmentedMLP((WIDTH, WIDTH, 1))
 X = jnp.asarray(np.random.default_rng(0).normal(size=(32, WIDTH)), jnp.float32)
 Y = jnp.sin(X[:, :1]) + X[:, 1:2]
-PARAMS = jax.jit(lambda key: l1inf.project_params(MODEL.init(key, X), BALL))(jax.random.key(0))
+INSIDE_BALL = {"hidden_*": C * (1 - 2.0**-20)}  # by more than rounding, so that 0 moves nothing
+PARAMS = jax.jit(lambda key: l1inf.project_params(MODEL.init(key, X), INSIDE_BALL))(
+    jax.random.key(0)
+)
 HIDDEN = "hidden_0", "hidden_1"
 
 KEEP = l1inf.keep_params_in_l1inf_ball
