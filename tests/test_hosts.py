@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import l1inf_optax as l1inf
-from l1inf_optax._training import train
+from l1inf_optax._lanes import train
 from l1inf_optax.experiments.__main__ import main
 from tests import children, devices
 from tests.experiments.test_mnist import COMMON, blobs

@@ -1,4 +1,4 @@
-"""The training loop against networks trained one at a time by a plain Python loop."""
+"""The lanes of the training loop against networks trained one at a time by a plain Python loop."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from l1inf_optax._training import Lane, Task, share_of_zeros, train
+from l1inf_optax._lanes import Lane, Task, share_of_zeros, train
 from l1inf_optax.experiments.training import evaluate
 from tests import devices
 

@@ -1,4 +1,4 @@
-"""What the experiments add to the training loop, `l1inf_optax._training`: metrics and tables.
+"""What the experiments add to the training loop, `l1inf_optax._lanes`: metrics and tables.
 
 The loop's own names are here too, so that an experiment imports from one place.
 """
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l1inf_optax._training import (
+from l1inf_optax._lanes import (
     Apply,
     Data,
     Lane,
