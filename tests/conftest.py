@@ -37,6 +37,7 @@ def x64():
 HASTY = {
     "on_eight_devices.py",
     "test_bounds.py",
+    "test_certificates.py",
     "test_conformance.py",
     "test_diagnosis.py",
     "test_faults.py",

@@ -23,7 +23,7 @@ import l1inf_optax as l1inf
 from l1inf_optax._lanes import train
 from l1inf_optax.experiments.__main__ import main
 from tests import children, devices
-from tests.experiments.test_mnist import COMMON, blobs
+from tests.experiments.paper.test_mnist import COMMON, blobs
 from tests.test_training import LANES, OPTIONS, SHARED, TASK
 
 # Columns of the first layer lie on all devices, so do rows of the second.

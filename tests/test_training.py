@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from l1inf_optax._lanes import Lane, Task, share_of_zeros, train
-from l1inf_optax.experiments.training import evaluate
+from l1inf_optax.experiments.networks.evaluation import evaluate
 from tests import devices
 
 RNG = np.random.default_rng(1)
