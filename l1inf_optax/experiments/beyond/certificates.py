@@ -14,9 +14,10 @@ Writes results.json and gaps.png to the output folder.
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,16 +40,29 @@ from l1inf_optax.experiments.paper import classification, regression
 TRUNCATION = 30.0  # of the regression's residuals, whose targets have a standard deviation of 12
 DELTA = 0.05
 
-DEFAULTS: dict[str, Any] = {
-    "trials": 5,
-    "regression_epochs": 600,
-    "classification_epochs": 80,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {"trials": 1, "regression_epochs": 50, "classification_epochs": 20}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    trials: int = 5
+    regression_epochs: int = 600
+    classification_epochs: int = 80
+    seed: int = 1
+
+    def epochs(self, problem: str) -> int:
+        """Passes over the data of a problem."""
+        return {
+            "regression": self.regression_epochs,
+            "classification": self.classification_epochs,
+        }[problem]
 
 
-class Study(NamedTuple):
+DEFAULTS = Settings()
+QUICK = Settings(trials=1, regression_epochs=50, classification_epochs=20)
+
+
+class Problem(NamedTuple):
     """An experiment whose networks are certified.
 
     Attributes:
@@ -74,8 +88,8 @@ def _truncated_error(outputs: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.minimum(squared_error(outputs, y), TRUNCATION**2)
 
 
-STUDIES = {
-    "regression": Study(
+PROBLEMS = {
+    "regression": Problem(
         sample=synthetic.regression_trial,
         make_task=regression.make_task,
         batch_size=synthetic.SAMPLES,
@@ -84,7 +98,7 @@ STUDIES = {
         loss_name="truncated squared error",
         input_bound=6.0,
     ),
-    "classification": Study(
+    "classification": Problem(
         sample=synthetic.classification_trial,
         make_task=classification.make_task,
         batch_size=classification.BATCH_SIZE,
@@ -99,7 +113,7 @@ STUDIES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     options.add_training_options(parser, DEFAULTS, QUICK)
-    for name in STUDIES:
+    for name in PROBLEMS:
         text = f"passes over the data of the {name}"
         options.add_option(
             parser, DEFAULTS, f"--{name}-epochs", text, type=options.positive_int, metavar="N"
@@ -113,44 +127,43 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    rows = [row for name in STUDIES for row in _study(name, settings, console)]
-    for name, study in STUDIES.items():
-        console.print(_table(name, study, [row for row in rows if row["problem"] == name]))
+    rows = [row for name in PROBLEMS for row in _rows(name, settings, console)]
+    for name, problem in PROBLEMS.items():
+        console.print(_table(name, problem, [row for row in rows if row["problem"] == name]))
     report.write_json(out / "results.json", "bounds", settings, rows)
     _figure(rows).savefig(out / "gaps.png", dpi=150)
     console.print(f"wrote results.json and gaps.png to {out}")
 
 
-def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[str, Any]]:
+def _rows(name: str, settings: Settings, console: Console) -> list[report.Row]:
     """Networks of every c and trial: a row for every c."""
-    study, trials, epochs = STUDIES[name], settings["trials"], settings[f"{name}_epochs"]
-    clip = partial(jnp.clip, min=-study.input_bound, max=study.input_bound)
+    problem, trials, epochs = PROBLEMS[name], settings.trials, settings.epochs(name)
+    clip = partial(jnp.clip, min=-problem.input_bound, max=problem.input_bound)
     train_data, test_data = (
-        (clip(x), y) for x, y in synthetic.trials(study.sample, settings["seed"], trials)
+        (clip(x), y) for x, y in synthetic.trials(problem.sample, settings.seed, trials)
     )
-    pairs = [(t, c) for t in range(trials) for c in study.c]
+    pairs = [(t, c) for t in range(trials) for c in problem.c]
     lanes = [Lane(t, c) for t, c in pairs]
-    steps = epochs * steps_per_epoch(synthetic.SAMPLES, study.batch_size)
-    task = study.make_task(steps)
+    steps = epochs * steps_per_epoch(synthetic.SAMPLES, problem.batch_size)
+    task = problem.make_task(steps)
     with report.training_bar(console, steps) as watch:
         params = train(
             task,
             lanes,
             train_data,
             epochs=epochs,
-            batch_size=study.batch_size,
-            seed=settings["seed"],
+            batch_size=problem.batch_size,
+            seed=settings.seed,
             steps_per_call=max(10, steps // 60),
             watch=watch,
         ).params
     risks = [
-        evaluate(task.apply, {"risk": study.loss}, params, lanes, data)["risk"]
+        evaluate(task.apply, {"risk": problem.loss}, params, lanes, data)["risk"]
         for data in (train_data, test_data)
     ]
+    x, y = train_data
     certificates = [
-        _certify(
-            study, task, jax.tree.map(itemgetter(i), params), c, train_data[0][t], train_data[1][t]
-        )
+        _certify(problem, task, jax.tree.map(itemgetter(i), params), c, x[t], y[t])
         for i, (t, c) in enumerate(pairs)
     ]
     measured = {
@@ -167,7 +180,7 @@ def _study(name: str, settings: dict[str, Any], console: Console) -> list[dict[s
 
 
 def _certify(
-    study: Study, task: Task, params: Params, c: float, x: jax.Array, y: jax.Array
+    problem: Problem, task: Task, params: Params, c: float, x: jax.Array, y: jax.Array
 ) -> bounds.Certificate:
     """The certificate of one network."""
     return bounds.certificate(
@@ -177,14 +190,14 @@ def _certify(
         apply=task.apply,
         c={"hidden_*": c},
         delta=DELTA,
-        input_bound=study.input_bound,
+        input_bound=problem.input_bound,
         truncation=TRUNCATION,
     )
 
 
-def _table(name: str, study: Study, rows: Sequence[dict[str, Any]]) -> Table:
+def _table(name: str, problem: Problem, rows: Sequence[report.Row]) -> Table:
     trivial = rows[0]["trivial_risk"]
-    title = f"{name}: {study.loss_name}; {trivial:.3g} is had for nothing"
+    title = f"{name}: {problem.loss_name}; {trivial:.3g} is had for nothing"
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     columns = {
         "gap": "measured gap",
@@ -199,18 +212,18 @@ def _table(name: str, study: Study, rows: Sequence[dict[str, Any]]) -> Table:
     return out
 
 
-def _figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def _figure(rows: Sequence[report.Row]) -> Figure:
     """Gaps and bounds against c: a panel for each experiment."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    panels = figure.subplots(1, len(STUDIES))
-    for ax, (name, study) in zip(panels, STUDIES.items(), strict=True):
+    panels = figure.subplots(1, len(PROBLEMS))
+    for ax, (name, problem) in zip(panels, PROBLEMS.items(), strict=True):
         _panel(ax, [row for row in rows if row["problem"] == name])
-        ax.set(title=name, ylabel=f"gap ({study.loss_name})")
+        ax.set(title=name, ylabel=f"gap ({problem.loss_name})")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     return figure
 
 
-def _panel(ax: Axes, rows: Sequence[dict[str, Any]]) -> None:
+def _panel(ax: Axes, rows: Sequence[report.Row]) -> None:
     names = {"bound by c": "bound_by_c", "bound by the norms reached": "bound_by_norms"}
     plotting.plot_bounds(
         [row["c"] for row in rows],

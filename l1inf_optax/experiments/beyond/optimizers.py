@@ -29,6 +29,7 @@ Writes results.json and errors.png to the output folder.
 import argparse
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -59,7 +60,6 @@ from l1inf_optax.experiments.networks import recipes
 from l1inf_optax.experiments.networks.evaluation import evaluate, squared_error
 from l1inf_optax.linen import AugmentedMLP
 
-Row = dict[str, Any]
 Split = tuple[Data, Data]
 
 
@@ -88,26 +88,39 @@ OPTIMIZERS: dict[str, Callable[[optax.Schedule], optax.GradientTransformation]] 
 WITHOUT_METRIC = ("lion",)
 PROJECTIONS = ("chain", "constrain")
 
-DEFAULTS: dict[str, Any] = {
-    "optimizers": list(OPTIMIZERS),
-    "rates": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
-    "trials": 10,
-    "selection_trials": 2,
-    "regression_epochs": 400,
-    "classification_epochs": 120,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {
-    "optimizers": ["adam", "lion"],
-    "rates": [3e-3, 3e-2],
-    "trials": 2,
-    "selection_trials": 1,
-    "regression_epochs": 50,
-    "classification_epochs": 10,
-}
-
 RISE = 0.1  # share of the steps over which the learning rate rises
 FALL = 0.5  # share of the steps over which c falls; after them zeros are held
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    trials: int = 10
+    selection_trials: int = 2
+    regression_epochs: int = 400
+    classification_epochs: int = 120
+    seed: int = 1
+
+    def epochs(self, problem: str) -> int:
+        """Passes over the data of a problem."""
+        return {
+            "regression": self.regression_epochs,
+            "classification": self.classification_epochs,
+        }[problem]
+
+
+DEFAULTS = Settings()
+QUICK = Settings(
+    optimizers=("adam", "lion"),
+    rates=(3e-3, 3e-2),
+    trials=2,
+    selection_trials=1,
+    regression_epochs=50,
+    classification_epochs=10,
+)
 
 
 class Problem(NamedTuple):
@@ -185,7 +198,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--regression-epochs", "steps of the regression, full batches", **count)
     add("--classification-epochs", "passes over the data of the classification", **count)
     add("--seed", "of data and initial weights", type=options.natural_int, metavar="N")
-    instead = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in QUICK.items())
+    instead = "; ".join(
+        f"{name.replace('_', ' ')} {list(value) if isinstance(value, tuple) else value}"
+        for name, value in options.changes(DEFAULTS, QUICK).items()
+    )
     parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
     options.add_output_option(parser, "results/optimizers")
 
@@ -200,12 +216,12 @@ def run(args: argparse.Namespace) -> None:
     jobs = [
         (problem, optimizer, projection)
         for problem in PROBLEMS
-        for optimizer in dict.fromkeys(settings["optimizers"])
+        for optimizer in dict.fromkeys(settings.optimizers)
         for projection in PROJECTIONS
         if projection == "chain" or optimizer not in WITHOUT_METRIC
     ]
 
-    def compare(job: tuple[str, str, str]) -> list[Row]:
+    def compare(job: tuple[str, str, str]) -> list[report.Row]:
         return _compare(*job, data[job[0]], settings)
 
     # While one thread compiles the next job, which takes one core, the other trains.
@@ -242,10 +258,10 @@ def make_task(problem_name: str, optimizer_name: str, projection: str, steps: in
     return Task(init, problem.network.apply, problem.loss, optimizer)
 
 
-def _all_data(problem: Problem, settings: dict[str, Any]) -> Split:
+def _all_data(problem: Problem, settings: Settings) -> Split:
     """A data set for every trial; those of the selection come last."""
-    trials = settings["trials"] + settings["selection_trials"]
-    return synthetic.trials(problem.sample, settings["seed"], trials)
+    trials = settings.trials + settings.selection_trials
+    return synthetic.trials(problem.sample, settings.seed, trials)
 
 
 def _compare(
@@ -253,11 +269,11 @@ def _compare(
     optimizer: str,
     projection: str,
     data: Split,
-    settings: dict[str, Any],
-) -> list[Row]:
+    settings: Settings,
+) -> list[report.Row]:
     """Choose the learning rate for every c, train with it, measure: one row for every c."""
-    radii, rates = PROBLEMS[problem_name].c, settings["rates"]
-    trials, selection = settings["trials"], settings["selection_trials"]
+    radii, rates = PROBLEMS[problem_name].c, settings.rates
+    trials, selection = settings.trials, settings.selection_trials
     task = make_task(problem_name, optimizer, projection, _steps(problem_name, settings))
     fit = partial(_fit, task, problem_name, data, settings)
     candidates = [
@@ -275,26 +291,26 @@ def _compare(
     ]
 
 
-def _steps(problem_name: str, settings: dict[str, Any]) -> int:
+def _steps(problem_name: str, settings: Settings) -> int:
     per_epoch = steps_per_epoch(synthetic.SAMPLES, PROBLEMS[problem_name].batch_size)
-    return settings[f"{problem_name}_epochs"] * per_epoch
+    return settings.epochs(problem_name) * per_epoch
 
 
 def _fit(
-    task: Task, problem_name: str, data: Split, settings: dict[str, Any], lanes: Sequence[Lane]
+    task: Task, problem_name: str, data: Split, settings: Settings, lanes: Sequence[Lane]
 ) -> dict[str, np.ndarray]:
     """Train and measure."""
     problem = PROBLEMS[problem_name]
     # Always as many at once: another number of lanes takes another compilation.
-    size = settings["selection_trials"] * len(problem.c)
+    size = settings.selection_trials * len(problem.c)
     groups = [
         train(
             task,
             lanes[first : first + size],
             data[0],
-            epochs=settings[f"{problem_name}_epochs"],
+            epochs=settings.epochs(problem_name),
             batch_size=problem.batch_size,
-            seed=settings["seed"],
+            seed=settings.seed,
             # Steps on small batches are too short to keep the cores busy one by one.
             lanes_at_once=1 if problem.batch_size == synthetic.SAMPLES else size,
         ).params
@@ -305,7 +321,7 @@ def _fit(
     return {**error, "sparsity": np.asarray(jax.vmap(share_of_zeros)(params))}
 
 
-def markdown(table: Sequence[Row]) -> str:
+def markdown(table: Sequence[report.Row]) -> str:
     """The test errors as a Markdown table, one line for each optimizer."""
     columns = _columns(table)
     heads = [f"{_title(*column[:2])}, {column[2]}" for column in columns]
@@ -318,7 +334,7 @@ def markdown(table: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _columns(table: Sequence[Row]) -> list[tuple[str, float, str]]:
+def _columns(table: Sequence[report.Row]) -> list[tuple[str, float, str]]:
     tasks = dict.fromkeys((row["problem"], row["c"]) for row in table)
     return [(*task, projection) for task in tasks for projection in PROJECTIONS]
 
@@ -327,13 +343,13 @@ def _title(problem: str, c: float) -> str:
     return f"{problem}, c = {c:g}: {PROBLEMS[problem].error_name}"
 
 
-def _cell(row: Row) -> str:
+def _cell(row: report.Row) -> str:
     if not np.isfinite(row["test_error"]):
         return "diverged"
     return f"{row['test_error']:.2f} ± {row['std']['test_error']:.2f}"
 
 
-def _figure(table: Sequence[Row]) -> Figure:
+def _figure(table: Sequence[report.Row]) -> Figure:
     """Test errors with standard deviations: one panel for each problem and c."""
     tasks = list(dict.fromkeys((row["problem"], row["c"]) for row in table))
     names = list(dict.fromkeys(row["optimizer"] for row in table))
@@ -351,7 +367,7 @@ def _figure(table: Sequence[Row]) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+def _panel(ax: Axes, rows: Sequence[report.Row], names: Sequence[str]) -> None:
     labels = {"chain": "Euclidean projection chained after", "constrain": "l1inf.constrain"}
     for offset, marker, projection in zip((-0.15, 0.15), "so", PROJECTIONS, strict=True):
         own = [row for row in rows if row["projection"] == projection]

@@ -1,10 +1,21 @@
-"""What the experiments' commands have in common: options, and how a value is checked."""
+"""What the experiments' commands have in common: options, settings, and how a value is checked.
+
+An experiment says in a frozen dataclass what can be set: its fields are the settings, its values
+the defaults. Another instance has what ``--quick`` takes instead.
+"""
+
+from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+S = TypeVar("S", bound="DataclassInstance")  # the settings of one experiment
 
 
 class OptionError(ValueError):
@@ -86,7 +97,7 @@ def make_folder(name: str, option: str = "--out") -> Path:
 
 def add_option(
     parser: argparse.ArgumentParser,
-    defaults: Mapping[str, Any],
+    defaults: DataclassInstance,
     flag: str,
     text: str,
     **more: Any,
@@ -102,25 +113,24 @@ def add_option(
         text: help.
         **more: what ``add_argument`` takes.
     """
-    default = _shown(defaults[flag.removeprefix("--").replace("-", "_")])
+    default = _shown(getattr(defaults, _field(flag)))
     text = f"{text} (default: {default})"
     parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **more)
 
 
-def add_training_options(
-    parser: argparse.ArgumentParser, defaults: Mapping[str, Any], quick: Mapping[str, Any]
-) -> None:
+def add_training_options(parser: argparse.ArgumentParser, defaults: S, quick: S) -> None:
     """The options of every experiment that trains networks, as `add_option` declares them.
 
     Args:
         parser: the experiment's parser.
         defaults: the experiment's settings when an option is not given. Of c, epochs, batch_size,
             trials, starts and seed it has an option for those that are named here.
-        quick: what ``--quick`` takes instead, of these.
+        quick: what ``--quick`` takes instead.
     """
+    names = {field.name for field in fields(defaults)}
 
     def add(flag: str, kind: Any, text: str, **more: Any) -> None:
-        if flag.removeprefix("--").replace("-", "_") in defaults:
+        if _field(flag) in names:
             add_option(parser, defaults, flag, text, type=kind, **more)
 
     add("--c", radius, "normalization constants; inf: no constraint", nargs="+", metavar="C")
@@ -129,19 +139,34 @@ def add_training_options(
     add("--trials", positive_int, "networks to train for every c", metavar="N")
     add("--starts", positive_int, "of which the lowest training error is kept", metavar="N")
     add("--seed", natural_int, "of everything random", metavar="N")
-    instead = ", ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in quick.items())
+    changed = changes(defaults, quick)
+    instead = ", ".join(f"--{k.replace('_', '-')} {_shown(v)}" for k, v in changed.items())
     parser.add_argument("--quick", action="store_true", help=f"a first look: {instead}")
 
 
-def settings(
-    args: argparse.Namespace, defaults: Mapping[str, Any], quick: Mapping[str, Any]
-) -> dict[str, Any]:
+def settings(args: argparse.Namespace, defaults: S, quick: S) -> S:
     """The settings of a run: what was chosen, then what ``--quick`` asks, then the defaults."""
-    chosen = {name: value for name, value in vars(args).items() if name in defaults}
-    return {**defaults, **(quick if args.quick else {}), **chosen}
+    names = {field.name for field in fields(defaults)}
+    chosen = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name in names
+    }
+    return replace(quick if args.quick else defaults, **chosen)
+
+
+def changes(defaults: S, quick: S) -> dict[str, Any]:
+    """The settings that ``--quick`` changes, in the order of the fields."""
+    values = {field.name: getattr(quick, field.name) for field in fields(quick)}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+
+
+def _field(flag: str) -> str:
+    """The setting of an option such as ``--batch-size``."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _shown(value: Any) -> str:
     """As one would type it."""
-    values = value if isinstance(value, list) else [value]
+    values = value if isinstance(value, tuple) else (value,)
     return " ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in values)

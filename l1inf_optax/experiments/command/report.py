@@ -1,13 +1,16 @@
 """Results for readers (a table) and for programs (JSON), in the columns of the paper's tables."""
 
+from __future__ import annotations
+
 import json
 import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -18,6 +21,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from l1inf_optax import _lanes
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # What an experiment may vary beside c, and what it measures: name to heading and format.
 VARIED = {
@@ -36,6 +42,8 @@ COLUMNS = {
     "sparsity_1e-3": ("<1e-3 %", "{:.1f}"),
     "paper_sparsity": ("(paper)", "{:.1f}"),
 }
+
+Row = dict[str, Any]  # of results, as JSON has it: see `rows`
 
 PACKAGES = ("l1inf-optax", "jax", "jaxlib", "optax", "flax", "numpy")
 
@@ -63,7 +71,7 @@ def training_bar(console: Console, steps: int) -> Iterator[Callable[[_lanes.Prog
         yield watch
 
 
-def rows(lanes: Sequence[_lanes.Lane], measured: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def rows(lanes: Sequence[_lanes.Lane], measured: Mapping[str, np.ndarray]) -> list[Row]:
     """One row per c: means and standard deviations over its trials.
 
     Args:
@@ -82,9 +90,7 @@ def rows(lanes: Sequence[_lanes.Lane], measured: Mapping[str, np.ndarray]) -> li
     return table
 
 
-def beside_the_paper(
-    row: dict[str, Any], paper: Mapping[float, Sequence[float]], *names: str
-) -> dict[str, Any]:
+def beside_the_paper(row: Row, paper: Mapping[float, Sequence[float]], *names: str) -> Row:
     """A row with what the paper has for its c, where it has that c.
 
     Args:
@@ -107,7 +113,7 @@ def summary(measured: Mapping[str, ArrayLike]) -> dict[str, Any]:
     return {**{name: float(v.mean()) for name, v in values.items()}, "std": spread}
 
 
-def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]) -> None:
+def print_table(console: Console, title: str, table: Sequence[Row]) -> None:
     """Print rows in the paper's columns, as mean ± standard deviation over the trials.
 
     A column without a standard deviation, such as a figure of the paper, is printed as it is.
@@ -120,7 +126,7 @@ def print_table(console: Console, title: str, table: Sequence[Mapping[str, Any]]
     console.print(out)
 
 
-def _table(title: str, table: Sequence[Mapping[str, Any]], separator: str) -> Table:
+def _table(title: str, table: Sequence[Row], separator: str) -> Table:
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     out.add_column("c", justify="right")
     columns = VARIED | COLUMNS
@@ -141,8 +147,8 @@ def _table(title: str, table: Sequence[Mapping[str, Any]], separator: str) -> Ta
 def write_json(
     path: Path,
     experiment: str,
-    settings: Mapping[str, Any],
-    table: Sequence[Mapping[str, Any]],
+    settings: DataclassInstance,
+    table: Sequence[Row],
     **more: Any,
 ) -> None:
     """Write settings, versions and rows to ``path``.
@@ -159,7 +165,7 @@ def write_json(
     """
     document = {
         "experiment": experiment,
-        "settings": settings,
+        "settings": asdict(settings),
         "versions": _versions(),
         "rows": table,
         **more,

@@ -1,8 +1,7 @@
 """What trained networks are worth: the paper's columns, and which of several starts is best."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from l1inf_optax._lanes import (
     Lane,
     Metric,
     Params,
+    Progress,
     Task,
     gathered,
     map_lanes,
@@ -24,7 +24,17 @@ from l1inf_optax._lanes import (
 
 
 def train_best_starts(
-    task: Task, lanes: Sequence[Lane], data: Data, *, trials: int, starts: int, **options: Any
+    task: Task,
+    lanes: Sequence[Lane],
+    data: Data,
+    *,
+    trials: int,
+    starts: int,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    lanes_at_once: int | None = None,
+    watch: Callable[[Progress], None] | None = None,
 ) -> tuple[list[Lane], Params]:
     """Train every lane from several starts, and keep the network of the lowest training error.
 
@@ -34,18 +44,30 @@ def train_best_starts(
         data: what they train on, as for `train`: one set, or one for each trial.
         trials: their number.
         starts: how many initial weights and orders of minibatches each lane is given.
-        **options: those of `train`.
+        epochs: as for `train`, like what follows.
+        batch_size: also how many examples are evaluated at once.
+        seed: of everything random.
+        lanes_at_once: how many lanes of a device a step computes together.
+        watch: called after every compiled call.
 
     Returns:
         The lanes kept, in the order of ``lanes``, and their stacked parameters. A lane's trial may
         be another one of the same data set.
     """
     tried = [lane._replace(trial=lane.trial + trials * s) for s in range(starts) for lane in lanes]
-    params = train(task, tried, data, **options).params
+    params = train(
+        task,
+        tried,
+        data,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        lanes_at_once=lanes_at_once,
+        watch=watch,
+    ).params
     if starts == 1:
         return tried, params
-    size = options["batch_size"]
-    errors = evaluate(task.apply, {"error": task.loss}, params, tried, data, size)["error"]
+    errors = evaluate(task.apply, {"error": task.loss}, params, tried, data, batch_size)["error"]
     errors = np.nan_to_num(errors, nan=np.inf).reshape(starts, -1)  # one may have diverged
     best = errors.argmin(axis=0) * len(lanes) + np.arange(len(lanes))
     return [tried[i] for i in best], jax.tree.map(lambda leaf: leaf[best], params)

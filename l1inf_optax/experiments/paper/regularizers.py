@@ -21,6 +21,7 @@ Writes results.json and accuracy.png to the output folder.
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -69,19 +70,26 @@ PAPER = {
     "mnist": (97.85, 13.87, 11.35, 97.33, 97.99, 80.30, 92.30, 94.43, 97.90, 98.11, 98.03),
     "cifar10": (93.34, 48.32, 92.53, 93.43, 93.64, 80.41, 90.38, 91.41, 93.72, 93.42, 93.75),
 }
-DEFAULTS: dict[str, Any] = {
-    "data_sets": ["classification", "mnist"],
-    "trials": 3,
-    "starts": 4,
-    "seed": 1,
-    "mnist": None,
-    "cifar10": None,
-}
-QUICK: dict[str, Any] = {"data_sets": ["classification"], "trials": 1, "starts": 1}
 
 
-class Study(NamedTuple):
-    """A data set, and the network that learns it.
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    data_sets: tuple[str, ...] = ("classification", "mnist")
+    trials: int = 3
+    starts: int = 4
+    seed: int = 1
+    mnist: str | None = None
+    cifar10: str | None = None
+
+
+DEFAULTS = Settings()
+QUICK = Settings(data_sets=("classification",), trials=1, starts=1)
+
+
+class DataSet(NamedTuple):
+    """A data set, a column of Table 3, and the network that learns it.
 
     Attributes:
         train_data: as for `_lanes.train`.
@@ -94,6 +102,7 @@ class Study(NamedTuple):
         rates: a learning rate for each of them.
         dropped: the network's ``apply``, with dropout.
         together: how many lanes a step computes together, as `_lanes.train` has it.
+        source: where the data came from, if from a file.
     """
 
     train_data: Data
@@ -106,6 +115,7 @@ class Study(NamedTuple):
     rates: dict[str, float]
     dropped: Callable[..., Any]
     together: int | None = None
+    source: str | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PAPER,
         default=argparse.SUPPRESS,
         metavar="NAME",
-        help=f"of {', '.join(PAPER)} (default: {' '.join(DEFAULTS['data_sets'])})",
+        help=f"of {', '.join(PAPER)} (default: {' '.join(DEFAULTS.data_sets)})",
     )
     options.add_training_options(parser, DEFAULTS, QUICK)
     for name, what in {"mnist": "mnist.npz or a folder of IDX files", "cifar10": "images"}.items():
@@ -134,40 +144,49 @@ def run(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
-    studies = {name: STUDIES[name](settings) for name in dict.fromkeys(settings["data_sets"])}
+    data_sets = {name: DATA_SETS[name](settings) for name in dict.fromkeys(settings.data_sets)}
+    sources = {name: data_set.source for name, data_set in data_sets.items()}
+    settings = replace(
+        settings,
+        mnist=sources.get("mnist", settings.mnist),
+        cifar10=sources.get("cifar10", settings.cifar10),
+    )
     out = options.make_folder(args.out)
     rows = [
-        row for name, study in studies.items() for row in _study(console, name, study, settings)
+        row
+        for name, data_set in data_sets.items()
+        for row in _compare(console, name, data_set, settings)
     ]
-    for name in studies:
+    for name in data_sets:
         console.print(_table(name, [row for row in rows if row["data_set"] == name]))
     report.write_json(out / "results.json", "regularizers", settings, rows, device=report.device())
     _figure(rows).savefig(out / "accuracy.png", dpi=150)
     console.print(f"wrote results.json and accuracy.png to {out}")
 
 
-def _study(
-    console: Console, name: str, study: Study, settings: dict[str, Any]
-) -> list[dict[str, Any]]:
+def _compare(
+    console: Console, name: str, data_set: DataSet, settings: Settings
+) -> list[report.Row]:
     """All methods on one data set: a row for each."""
-    steps = study.epochs * steps_per_epoch(np.shape(study.train_data[1])[1], study.batch_size)
+    examples = np.shape(data_set.train_data[1])[1]
+    steps = data_set.epochs * steps_per_epoch(examples, data_set.batch_size)
     *penalized, dropout, ball = METHODS
     found: dict[str, dict[str, np.ndarray]] = {}
     for task, methods in (
-        (_rival(study, steps, dropout=False), penalized),
-        (_rival(study, steps, dropout=True), [dropout]),
-        (study.task(steps), [ball]),
+        (_rival(data_set, steps, dropout=False), penalized),
+        (_rival(data_set, steps, dropout=True), [dropout]),
+        (data_set.task(steps), [ball]),
     ):
         console.print(f"{name}: {', '.join(methods)}")
         with report.training_bar(console, steps) as watch:
-            measured = _measure(study, task, methods, settings, watch)
+            measured = _measure(data_set, task, methods, settings, watch)
         for i, method in enumerate(methods):
             found[method] = {key: values[:, i] for key, values in measured.items()}
     return [
         {
             "data_set": name,
             "method": method,
-            "trials": settings["trials"],
+            "trials": settings.trials,
             **report.summary(found[method]),
             "paper_test_accuracy": accuracy,
         }
@@ -176,56 +195,56 @@ def _study(
 
 
 def _measure(
-    study: Study, task: Task, methods: Sequence[str], settings: dict[str, Any], watch: Callable
+    data_set: DataSet, task: Task, methods: Sequence[str], settings: Settings, watch: Callable
 ) -> dict[str, np.ndarray]:
     """The columns of `evaluation.measure`, ``(trials, methods)`` each."""
-    trials = settings["trials"]
-    rivals = {name: {**RIVALS[name], "rate": rate} for name, rate in study.rates.items()}
-    lanes = [Lane(t, rivals.get(name, study.c)) for t in range(trials) for name in methods]
+    trials = settings.trials
+    rivals = {name: {**RIVALS[name], "rate": rate} for name, rate in data_set.rates.items()}
+    lanes = [Lane(t, rivals.get(name, data_set.c)) for t in range(trials) for name in methods]
     lanes, params = train_best_starts(
         task,
         lanes,
-        study.train_data,
+        data_set.train_data,
         trials=trials,
-        starts=settings["starts"],
-        epochs=study.epochs,
-        batch_size=study.batch_size,
-        seed=settings["seed"],
-        lanes_at_once=study.together,
+        starts=settings.starts,
+        epochs=data_set.epochs,
+        batch_size=data_set.batch_size,
+        seed=settings.seed,
+        lanes_at_once=data_set.together,
         watch=watch,
     )
     measured = measure(
         task,
         params,
         lanes,
-        study.train_data,
-        study.test_data,
-        batch_size=study.batch_size,
+        data_set.train_data,
+        data_set.test_data,
+        batch_size=data_set.batch_size,
         test_accuracy=right_percent,
     )
     return {name: values.reshape(trials, -1) for name, values in measured.items()}
 
 
-def _rival(study: Study, steps: int, *, dropout: bool) -> Task:
-    """The study's network with penalties for a ball, and dropout if asked for."""
-    own = study.task(steps)
+def _rival(data_set: DataSet, steps: int, *, dropout: bool) -> Task:
+    """The data set's network with penalties for a ball, and dropout if asked for."""
+    own = data_set.task(steps)
 
-    def init(key: jax.Array, settings: dict[str, jax.Array]) -> Params:
+    def init(key: jax.Array, chosen: dict[str, jax.Array]) -> Params:
         return own.init(key, jnp.array(jnp.inf))
 
     def apply(params: Params, inputs: Any) -> Any:
         if not isinstance(inputs, tuple):  # to be measured
             return own.apply(params, inputs)
         x, key = inputs
-        return study.dropped(params, x, rngs={"dropout": key})
+        return data_set.dropped(params, x, rngs={"dropout": key})
 
     def with_key(key: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         own_key, dropout_key = jax.random.split(key)
         return (own.augment(own_key, x) if own.augment else x), dropout_key
 
-    def optimizer(settings: dict[str, jax.Array]) -> optax.GradientTransformation:
-        penalties = add_penalties(settings["l1"], settings["l2"])
-        return optax.chain(penalties, study.optimizer(steps, settings["rate"]))
+    def optimizer(chosen: dict[str, jax.Array]) -> optax.GradientTransformation:
+        penalties = add_penalties(chosen["l1"], chosen["l2"])
+        return optax.chain(penalties, data_set.optimizer(steps, chosen["rate"]))
 
     return own._replace(
         init=init, apply=apply, optimizer=optimizer, augment=with_key if dropout else own.augment
@@ -260,15 +279,15 @@ def relu_with_dropout(x: jax.Array) -> jax.Array:
 # --- the three columns ----------------------------------------------------------------------------
 
 
-def _classification(settings: dict[str, Any]) -> Study:
+def _classification(settings: Settings) -> DataSet:
     train_data, test_data = synthetic.trials(
-        synthetic.classification_trial, settings["seed"], settings["trials"]
+        synthetic.classification_trial, settings.seed, settings.trials
     )
     widths = (*classification.HIDDEN, 2)
-    return Study(
+    return DataSet(
         train_data,
         test_data,
-        epochs=classification.DEFAULTS["epochs"],
+        epochs=classification.DEFAULTS.epochs,
         batch_size=classification.BATCH_SIZE,
         c=0.3,
         task=classification.make_task,
@@ -279,16 +298,15 @@ def _classification(settings: dict[str, Any]) -> Study:
     )
 
 
-def _mnist(settings: dict[str, Any]) -> Study:
-    digits = load_digits(settings["mnist"])
-    settings["mnist"] = digits.source
+def _mnist(settings: Settings) -> DataSet:
+    digits = load_digits(settings.mnist)
     rate = mnist.LEARNING_RATES["momentum"]
     full = len(digits.y_train) > 10_000
-    return Study(
+    return DataSet(
         (digits.x_train[None], digits.y_train[None]),
         (digits.x_test[None], digits.y_test[None]),
-        epochs=20 if full else mnist.DEFAULTS["epochs"],
-        batch_size=128 if full else mnist.DEFAULTS["batch_size"],
+        epochs=20 if full else mnist.DEFAULTS.epochs,
+        batch_size=128 if full else mnist.DEFAULTS.batch_size,
         c=2.0,
         task=lambda steps: mnist.make_task("momentum", rate, steps),
         optimizer=lambda steps, rate: recipes.OPTIMIZERS["momentum"](
@@ -296,18 +314,18 @@ def _mnist(settings: dict[str, Any]) -> Study:
         ),
         rates=dict.fromkeys(RIVALS, rate),
         dropped=AugmentedMLP(mnist.NETWORK.features, activation=relu_with_dropout).apply,
+        source=digits.source,
     )
 
 
-def _cifar10(settings: dict[str, Any]) -> Study:
-    images = load_cifar10(settings["cifar10"])
-    settings["cifar10"] = images.source
-    precision, rate = cifar10.default_precision(), cifar10.DEFAULTS["learning_rate"]
-    return Study(
+def _cifar10(settings: Settings) -> DataSet:
+    images = load_cifar10(settings.cifar10)
+    precision, rate = cifar10.default_precision(), cifar10.DEFAULTS.learning_rate
+    return DataSet(
         (images.x_train[None], images.y_train[None]),
         (images.x_test[None], images.y_test[None]),
-        epochs=cifar10.DEFAULTS["epochs"],
-        batch_size=cifar10.DEFAULTS["batch_size"],
+        epochs=cifar10.DEFAULTS.epochs,
+        batch_size=cifar10.DEFAULTS.batch_size,
         c=25.0,
         task=lambda steps: cifar10.make_task(precision, rate, steps),
         optimizer=lambda steps, rate: recipes.OPTIMIZERS["momentum"](
@@ -316,16 +334,17 @@ def _cifar10(settings: dict[str, Any]) -> Study:
         rates=dict.fromkeys(RIVALS, rate),
         dropped=VGG16(jnp.dtype(precision), relu_with_dropout).apply,
         together=1,
+        source=images.source,
     )
 
 
-STUDIES = {"classification": _classification, "mnist": _mnist, "cifar10": _cifar10}
+DATA_SETS = {"classification": _classification, "mnist": _mnist, "cifar10": _cifar10}
 
 
 # --- the report -----------------------------------------------------------------------------------
 
 
-def _table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
+def _table(name: str, rows: Sequence[report.Row]) -> Table:
     title = f"{name}, {rows[0]['trials']} trials"
     out = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     columns = ("test_accuracy", "paper_test_accuracy", "generalization_error", "sparsity")
@@ -342,7 +361,7 @@ def _table(name: str, rows: Sequence[dict[str, Any]]) -> Table:
     return out
 
 
-def _figure(rows: Sequence[dict[str, Any]]) -> Figure:
+def _figure(rows: Sequence[report.Row]) -> Figure:
     """Test accuracy of every method beside the paper's: a panel for each data set."""
     names = list(dict.fromkeys(row["data_set"] for row in rows))
     figure = Figure(figsize=(4.6 * len(names), 4.2), layout="constrained")

@@ -17,6 +17,7 @@ layers.png to the output folder.
 import argparse
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -36,30 +37,37 @@ from l1inf_optax.experiments.networks.evaluation import measure, right_percent
 from l1inf_optax.experiments.paper import classification, regression
 from l1inf_optax.selection import CrossValidation, cross_validate, search_layer_c
 
-DEFAULTS: dict[str, Any] = {
-    "c": list(classification.PAPER),
-    "regression_c": list(regression.PAPER),
-    "epochs": 80,
-    "regression_epochs": 600,
-    "trials": 10,
-    "rounds": 6,
-    "candidates": 10,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {
-    "c": [1.0, 0.5],
-    "regression_c": [1.0, 0.5],
-    "epochs": 10,
-    "regression_epochs": 20,
-    "trials": 2,
-    "rounds": 2,
-    "candidates": 2,
-}
 FOLDS = 5
 FACTOR = 6.0  # each layer's c is sought from the best single c over it to the same times it
 
 HIDDEN = ("hidden_0", "hidden_1", "hidden_2")
 CHOICES = ("single c", "one-SE c", "c by layer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    c: tuple[float, ...] = tuple(classification.PAPER)
+    regression_c: tuple[float, ...] = tuple(regression.PAPER)
+    epochs: int = 80
+    regression_epochs: int = 600
+    trials: int = 10
+    rounds: int = 6
+    candidates: int = 10
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(
+    c=(1.0, 0.5),
+    regression_c=(1.0, 0.5),
+    epochs=10,
+    regression_epochs=20,
+    trials=2,
+    rounds=2,
+    candidates=2,
+)
 
 
 class Selection(NamedTuple):
@@ -109,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
     train_data, test_data = synthetic.trials(
-        synthetic.classification_trial, settings["seed"], settings["trials"]
+        synthetic.classification_trial, settings.seed, settings.trials
     )
 
     linear = _validate_regression(console, settings)
@@ -120,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     table = [
         {
             "choice": choice,
-            "trials": settings["trials"],
+            "trials": settings.trials,
             **report.summary({name: values[:, i] for name, values in measured.items()}),
         }
         for i, choice in enumerate(CHOICES)
@@ -143,34 +151,34 @@ def run(args: argparse.Namespace) -> None:
     console.print(f"wrote results.json, figure_5.png and layers.png to {out}")
 
 
-def _validate_regression(console: Console, settings: dict[str, Any]) -> CrossValidation:
+def _validate_regression(console: Console, settings: Settings) -> CrossValidation:
     """Figure 5(b): scores of c on one trial's data."""
     console.print("regression, cross-validation")
-    steps = settings["regression_epochs"]
-    (x, y), _ = synthetic.regression_trial(jax.random.key(settings["seed"]))
+    steps = settings.regression_epochs
+    (x, y), _ = synthetic.regression_trial(jax.random.key(settings.seed))
     with report.training_bar(console, steps) as watch:
         return cross_validate(
             *regression.make_task(steps)[:4],
             x,
             y,
-            settings["regression_c"],
+            settings.regression_c,
             epochs=steps,
             batch_size=len(y),
             cv=FOLDS,
-            seed=settings["seed"],
+            seed=settings.seed,
             watch=watch,
         )
 
 
-def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Selection]:
+def _select(console: Console, settings: Settings, data: Data) -> list[Selection]:
     """The search for a single c, and from there for one of each layer, in every trial."""
     console.print("classification, cross-validation")
-    epochs, seed = settings["epochs"], settings["seed"]
+    epochs, seed = settings.epochs, settings.seed
     x, y = map(jnp.asarray, data)
-    largest = max((c for c in settings["c"] if np.isfinite(c)), default=1.0)
+    largest = max((c for c in settings.c if np.isfinite(c)), default=1.0)
     kept = synthetic.SAMPLES * (FOLDS - 1) // FOLDS
     steps = epochs * steps_per_epoch(kept, classification.BATCH_SIZE)
-    total = settings["trials"] * (1 + settings["rounds"]) * steps
+    total = settings.trials * (1 + settings.rounds) * steps
     taken = itertools.count(0, steps)
     with report.training_bar(console, total) as watch:
 
@@ -191,25 +199,25 @@ def _select(console: Console, settings: dict[str, Any], data: Data) -> list[Sele
                     watch=lambda progress: watch(progress._replace(step=before + progress.step)),
                 )
 
-            single = validate([dict.fromkeys(HIDDEN, c) for c in settings["c"]])
-            single = single._replace(c=tuple(settings["c"]))
+            single = validate([dict.fromkeys(HIDDEN, c) for c in settings.c])
+            single = single._replace(c=settings.c)
             start = min(single.best_c, largest)
             layered = search_layer_c(
                 validate,
                 dict.fromkeys(HIDDEN, (start / FACTOR, start * FACTOR)),
-                rounds=settings["rounds"],
-                candidates_per_round=settings["candidates"],
+                rounds=settings.rounds,
+                candidates_per_round=settings.candidates,
                 start=[dict.fromkeys(HIDDEN, start)],
                 seed=seed + trial,
             )
             return Selection(single, layered)
 
-        return [select(trial) for trial in range(settings["trials"])]
+        return [select(trial) for trial in range(settings.trials)]
 
 
 def _refit(
     console: Console,
-    settings: dict[str, Any],
+    settings: Settings,
     selections: Sequence[Selection],
     train_data: Data,
     test_data: Data,
@@ -217,7 +225,7 @@ def _refit(
     """What the chosen c measure after training on all training data: ``(trials, choices)`` each."""
     console.print("classification, training with what was chosen")
     lanes = [Lane(t, c) for t, selection in enumerate(selections) for c in selection.choices()]
-    epochs = settings["epochs"]
+    epochs = settings.epochs
     steps = epochs * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
     task = classification.make_task(steps)
     with report.training_bar(console, steps) as watch:
@@ -227,7 +235,7 @@ def _refit(
             train_data,
             epochs=epochs,
             batch_size=classification.BATCH_SIZE,
-            seed=settings["seed"],
+            seed=settings.seed,
             lanes_at_once=2 * FOLDS,
             watch=watch,
         ).params
@@ -253,7 +261,7 @@ def _as_json(result: CrossValidation) -> dict[str, Any]:
 
 def _print(
     console: Console,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[report.Row],
     selections: Sequence[Selection],
     difference: Mapping[str, Any],
 ) -> None:

@@ -12,7 +12,7 @@ Writes results.json and depth.png to the output folder.
 """
 
 import argparse
-from typing import Any
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -24,21 +24,21 @@ from l1inf_optax.experiments.data import synthetic
 from l1inf_optax.experiments.paper import classification
 from l1inf_optax.experiments.supplement import study
 
-DEFAULTS: dict[str, Any] = {
-    "depths": [1, 2, 3, 4, 6],
-    "c": [np.inf, 1.0, 0.1],
-    "epochs": 80,
-    "trials": 5,
-    "starts": 2,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {
-    "depths": [1, 3],
-    "c": [np.inf, 0.1],
-    "epochs": 40,
-    "trials": 2,
-    "starts": 1,
-}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    depths: tuple[int, ...] = (1, 2, 3, 4, 6)
+    c: tuple[float, ...] = (np.inf, 1.0, 0.1)
+    epochs: int = 80
+    trials: int = 5
+    starts: int = 2
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(depths=(1, 3), c=(np.inf, 0.1), epochs=40, trials=2, starts=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,15 +54,13 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    trials = settings["trials"]
-    train_data, test_data = synthetic.trials(
-        synthetic.classification_trial, settings["seed"], trials
-    )
-    lanes = [Lane(t, c) for t in range(trials) for c in dict.fromkeys(settings["c"])]
-    steps = settings["epochs"] * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
+    trials = settings.trials
+    train_data, test_data = synthetic.trials(synthetic.classification_trial, settings.seed, trials)
+    lanes = [Lane(t, c) for t in range(trials) for c in dict.fromkeys(settings.c)]
+    steps = settings.epochs * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
 
-    table: list[study.Row] = []
-    for depth in sorted(set(settings["depths"])):
+    table: list[report.Row] = []
+    for depth in sorted(set(settings.depths)):
         console.print(f"hidden layers of {' '.join(map(str, widths(depth)))} units")
         measured = study.train_and_measure(
             console,
@@ -71,7 +69,9 @@ def run(args: argparse.Namespace) -> None:
             train_data,
             test_data,
             steps=steps,
-            settings=settings,
+            epochs=settings.epochs,
+            starts=settings.starts,
+            seed=settings.seed,
         )
         table += study.rows("hidden_layers", [depth] * len(lanes), lanes, measured)
 

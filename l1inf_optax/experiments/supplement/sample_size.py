@@ -15,8 +15,8 @@ Writes results.json and sample_size.png to the output folder.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,20 +33,21 @@ from l1inf_optax.experiments.supplement import study
 
 TEST_SAMPLES = 1000
 
-DEFAULTS: dict[str, Any] = {
-    "samples": [125, 250, 500, 1000, 2000],
-    "c": [np.inf, 1.0, 0.1],
-    "epochs": 20,
-    "trials": 5,
-    "starts": 2,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {
-    "samples": [125, 500, 1000],
-    "c": [np.inf, 0.1],
-    "trials": 2,
-    "starts": 1,
-}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    samples: tuple[int, ...] = (125, 250, 500, 1000, 2000)
+    c: tuple[float, ...] = (np.inf, 1.0, 0.1)
+    epochs: int = 20
+    trials: int = 5
+    starts: int = 2
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(samples=(125, 500, 1000), c=(np.inf, 0.1), trials=2, starts=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,23 +62,23 @@ def run(args: argparse.Namespace) -> None:
     matplotlib.use("Agg")
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
-    sizes, trials = sorted(set(settings["samples"])), settings["trials"]
+    sizes, trials = sorted(set(settings.samples)), settings.trials
     if any(sizes[-1] % n for n in sizes):
         raise options.OptionError(
             f"--samples {' '.join(map(str, sizes))}: give numbers that divide the largest, so that "
             "repeating the samples makes all sets equally large"
         )
     out = options.make_folder(args.out)
-    train_data, test_data = make_data(settings["seed"], sizes, trials)
+    train_data, test_data = make_data(settings.seed, sizes, trials)
 
     wanted = [
         (n, Lane(i * trials + t, c))
         for i, n in enumerate(sizes)
         for t in range(trials)
-        for c in dict.fromkeys(settings["c"])
+        for c in dict.fromkeys(settings.c)
     ]
     lanes = [lane for _, lane in wanted]
-    steps = settings["epochs"] * steps_per_epoch(sizes[-1], classification.BATCH_SIZE)
+    steps = settings.epochs * steps_per_epoch(sizes[-1], classification.BATCH_SIZE)
     measured = study.train_and_measure(
         console,
         classification.make_task(steps),
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> None:
         train_data,
         test_data,
         steps=steps,
-        settings=settings,
+        epochs=settings.epochs,
+        starts=settings.starts,
+        seed=settings.seed,
     )
     table = study.rows("samples", [n for n, _ in wanted], lanes, measured)
 
@@ -124,7 +127,7 @@ def make_data(seed: int, sizes: Sequence[int], trials: int) -> tuple[Data, Data]
     return (x, y), sets(key_test, TEST_SAMPLES, 1)
 
 
-def fit_slopes(table: Sequence[study.Row]) -> list[dict[str, float]]:
+def fit_slopes(table: Sequence[report.Row]) -> list[dict[str, float]]:
     """The exponent of n that fits the mean generalization errors best, for each c."""
     slopes = []
     for c in dict.fromkeys(row["c"] for row in table):
@@ -134,7 +137,7 @@ def fit_slopes(table: Sequence[study.Row]) -> list[dict[str, float]]:
     return slopes
 
 
-def _figure(table: Sequence[study.Row]) -> Figure:
+def _figure(table: Sequence[report.Row]) -> Figure:
     """Generalization error, with a line of slope -1/2 through the middle, and test accuracy."""
     columns = ("generalization_error", "test_accuracy")
     label = "number of training samples n"

@@ -8,7 +8,7 @@ Writes results.json and step_size.png to the output folder.
 """
 
 import argparse
-from typing import Any
+from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
@@ -20,21 +20,21 @@ from l1inf_optax.experiments.data import synthetic
 from l1inf_optax.experiments.paper import classification
 from l1inf_optax.experiments.supplement import study
 
-DEFAULTS: dict[str, Any] = {
-    "rates": [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0],
-    "c": [np.inf, 1.0, 0.1],
-    "epochs": 80,
-    "trials": 4,
-    "starts": 2,
-    "seed": 1,
-}
-QUICK: dict[str, Any] = {
-    "rates": [0.1, 1.0, 10.0],
-    "c": [np.inf, 0.1],
-    "epochs": 40,
-    "trials": 2,
-    "starts": 1,
-}
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is asked to do: options of the command, which explains them."""
+
+    rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    c: tuple[float, ...] = (np.inf, 1.0, 0.1)
+    epochs: int = 80
+    trials: int = 4
+    starts: int = 2
+    seed: int = 1
+
+
+DEFAULTS = Settings()
+QUICK = Settings(rates=(0.1, 1.0, 10.0), c=(np.inf, 0.1), epochs=40, trials=2, starts=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +50,15 @@ def run(args: argparse.Namespace) -> None:
     console = Console()
     settings = options.settings(args, DEFAULTS, QUICK)
     out = options.make_folder(args.out)
-    trials = settings["trials"]
-    train_data, test_data = synthetic.trials(
-        synthetic.classification_trial, settings["seed"], trials
-    )
+    trials = settings.trials
+    train_data, test_data = synthetic.trials(synthetic.classification_trial, settings.seed, trials)
     lanes = [
         Lane(t, c, rate)
-        for rate in sorted(set(settings["rates"]))
+        for rate in sorted(set(settings.rates))
         for t in range(trials)
-        for c in dict.fromkeys(settings["c"])
+        for c in dict.fromkeys(settings.c)
     ]
-    steps = settings["epochs"] * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
+    steps = settings.epochs * steps_per_epoch(synthetic.SAMPLES, classification.BATCH_SIZE)
     measured = study.train_and_measure(
         console,
         classification.make_task(steps),
@@ -68,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         train_data,
         test_data,
         steps=steps,
-        settings=settings,
+        epochs=settings.epochs,
+        starts=settings.starts,
+        seed=settings.seed,
     )
     table = study.rows("rate", [lane.rate for lane in lanes], lanes, measured)
 

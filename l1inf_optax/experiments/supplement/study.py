@@ -22,8 +22,6 @@ from l1inf_optax.experiments.command import options, report
 from l1inf_optax.experiments.networks.evaluation import measure, right_percent, train_best_starts
 from l1inf_optax.experiments.paper import classification
 
-Row = dict[str, Any]
-
 PANELS = {
     "train_error": "training error (cross entropy)",
     "generalization_error": "generalization error (cross entropy)",
@@ -43,14 +41,14 @@ def add_arguments(
     name: str,
     kind: Callable[[str], Any],
     text: str,
-    defaults: Mapping[str, Any],
-    quick: Mapping[str, Any],
+    defaults: options.S,
+    quick: options.S,
 ) -> None:
     """The options of a study: those of a training, and the values of what it varies.
 
     Args:
         parser: the experiment's parser.
-        name: what is varied, a key of ``defaults`` with a list.
+        name: what is varied, a field of ``defaults`` with a tuple.
         kind: parses one value.
         text: help for it.
         defaults: the settings.
@@ -68,7 +66,9 @@ def train_and_measure(
     test_data: Data,
     *,
     steps: int,
-    settings: Mapping[str, Any],
+    epochs: int,
+    starts: int,
+    seed: int,
 ) -> dict[str, np.ndarray]:
     """Train each lane from several starts, keep the best, measure it.
 
@@ -78,8 +78,10 @@ def train_and_measure(
         lanes: the networks wanted.
         train_data: a set for every trial that the lanes name.
         test_data: as many sets, or a number of them that divides it.
-        steps: the minibatches that ``settings["epochs"]`` takes.
-        settings: epochs, starts and seed.
+        steps: the minibatches that the epochs take.
+        epochs: passes over the training data.
+        starts: how many each lane is given.
+        seed: of everything random.
 
     Returns:
         ``(lanes,)`` values by name, as `evaluation.measure` does, and test_accuracy in percent.
@@ -90,10 +92,10 @@ def train_and_measure(
             lanes,
             train_data,
             trials=np.shape(train_data[1])[0],
-            starts=settings["starts"],
-            epochs=settings["epochs"],
+            starts=starts,
+            epochs=epochs,
             batch_size=classification.BATCH_SIZE,
-            seed=settings["seed"],
+            seed=seed,
             lanes_at_once=classification.LANES_AT_ONCE,
             watch=watch,
         )
@@ -102,7 +104,7 @@ def train_and_measure(
 
 def rows(
     name: str, values: Sequence[Any], lanes: Sequence[Lane], measured: Mapping[str, np.ndarray]
-) -> list[Row]:
+) -> list[report.Row]:
     """A row for each value and each c, as `report.rows` makes them.
 
     Args:
@@ -120,7 +122,7 @@ def rows(
 
 
 def figure(
-    table: Sequence[Row], name: str, label: str, columns: Sequence[str], *, scale: str
+    table: Sequence[report.Row], name: str, label: str, columns: Sequence[str], *, scale: str
 ) -> Figure:
     """Means and standard deviations against what was varied: a panel a column, a line for each c.
 
@@ -153,7 +155,7 @@ def add_legend(figure: Figure) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
 
 
-def _lines(ax: Axes, table: Sequence[Row], name: str, column: str) -> None:
+def _lines(ax: Axes, table: Sequence[report.Row], name: str, column: str) -> None:
     errors = column.endswith("error")
     radii = dict.fromkeys(row["c"] for row in table)
     for c, (color, line) in zip(radii, cycle(STYLES), strict=False):

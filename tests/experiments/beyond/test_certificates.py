@@ -20,7 +20,7 @@ MEASURES = {
 def test_the_files_hold_measured_gaps_and_bounds_above_them(tmp_path):
     assert main([*ARGUMENTS, "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    expected = [(name, c) for name, study in certificates.STUDIES.items() for c in study.c]
+    expected = [(name, c) for name, problem in certificates.PROBLEMS.items() for c in problem.c]
     assert [(row["problem"], row["c"]) for row in rows] == expected
     for row in rows:
         assert set(row) == {"problem", "c", "trials", "std", *MEASURES}
@@ -37,9 +37,9 @@ def test_the_files_hold_measured_gaps_and_bounds_above_them(tmp_path):
 
 
 def test_hardly_any_input_is_clipped():
-    for study in certificates.STUDIES.values():
-        (x, _), _ = jax.jit(study.sample)(jax.random.key(0))
-        assert (np.abs(x) > study.input_bound).mean() < 1e-6
+    for problem in certificates.PROBLEMS.values():
+        (x, _), _ = jax.jit(problem.sample)(jax.random.key(0))
+        assert (np.abs(x) > problem.input_bound).mean() < 1e-6
 
 
 def test_residuals_count_as_much_as_the_certificate_lets_them():

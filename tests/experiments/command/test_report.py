@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -53,9 +54,14 @@ def test_a_narrow_table_cuts_no_figure():
     assert max(map(len, text.splitlines())) <= 80
 
 
+@dataclass(frozen=True)
+class Settings:
+    c: tuple[float, ...]
+
+
 def test_json_says_null_for_what_is_not_finite_and_takes_further_entries(tmp_path):
     path = tmp_path / "results.json"
-    report.write_json(path, "name", {"c": [np.inf]}, ROWS, more={"x": float("nan")})
+    report.write_json(path, "name", Settings((np.inf,)), ROWS, more={"x": float("nan")})
     document = json.loads(path.read_text())
     assert document["rows"][0]["c"] is None
     assert document["settings"] == {"c": [None]}

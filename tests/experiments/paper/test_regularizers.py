@@ -17,7 +17,7 @@ from l1inf_optax.experiments.paper import classification, regularizers
 def result(tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "regularizers"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(classification.DEFAULTS, "epochs", 2)
+        patch.setattr(classification, "DEFAULTS", classification.Settings(epochs=2))
         arguments = ["--data-sets", "classification", "--trials", "2", "--starts", "1"]
         assert main(["regularizers", *arguments, "--out", str(out)]) == 0
     return json.loads((out / "results.json").read_text()), out
