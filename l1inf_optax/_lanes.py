@@ -1,4 +1,4 @@
-"""The one training loop behind every experiment: many small networks, one compiled step.
+"""The one training loop, behind experiments and cross-validation: many networks, one compiled step.
 
 A *lane* is one network to train: a trial, which fixes its initialisation and the order of its
 minibatches, and a normalization constant c, which touches neither. So the networks of one trial

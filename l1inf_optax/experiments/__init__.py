@@ -5,6 +5,6 @@
 - `beyond`: what the paper does not have;
 - `data`, `networks`, `command`: what these share.
 
-An import goes from the first three to the last three. All train in the lanes of
-`l1inf_optax._lanes`.
+`supplement` and `beyond` import from `paper`, these three from the others, and none the other way.
+All train in the lanes of `l1inf_optax._lanes`.
 """

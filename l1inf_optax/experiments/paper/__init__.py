@@ -5,6 +5,6 @@
 - `cifar10`: Figure 4 (Section 5.3);
 - `select_c`: Figure 5 (Section 5.4), and a c for each layer, which Section 6 asks for;
 - `regularizers`: Table 3 (Section 5.5);
-- `mnist`: its second column, for every c;
+- `mnist`: the second column of that table, for every c;
 - `figures`: the figure that three of them draw.
 """
