@@ -20,8 +20,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax._projection.arguments import brief
-from l1inf_optax._training import (
+from l1inf_optax._lanes import (
     Apply,
     Lane,
     Metric,
@@ -34,6 +33,7 @@ from l1inf_optax._training import (
     shared_out,
     train,
 )
+from l1inf_optax._projection.arguments import brief
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -85,6 +85,7 @@ def x64():
 # and where networks are trained.
 HASTY = {
     "test_bounds.py",
+    "test_certificates.py",
     "test_conformance.py",
     "test_diagnosis.py",
     "test_faults.py",

@@ -1,45 +1,84 @@
 """The command ``python -m l1inf_optax.experiments NAME``.
 
-An experiment is a module of this package, named like its command (``select-c`` lives in
-``select_c.py``), with two functions:
+An experiment is a module in `paper`, `supplement` or `beyond`, with two functions:
 
 - ``add_arguments(parser)`` declares its options;
 - ``run(args)`` does the work.
 
-A new one is one more line in `EXPERIMENTS`.
-
-With ``--distributed`` the same command runs once on each of many hosts. All compute, and the first
-one speaks for all.
+A new one is one more entry of `EXPERIMENTS`.
 """
 
 import argparse
 import importlib
-import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
-
-from l1inf_optax.experiments.data import DataError
-from l1inf_optax.experiments.options import OptionError
+from l1inf_optax.experiments.command import processes
+from l1inf_optax.experiments.command.options import OptionError
+from l1inf_optax.experiments.data.files import DataError
 
 PROGRAM = "python -m l1inf_optax.experiments"
 
+
+class Experiment(NamedTuple):
+    """A command.
+
+    Attributes:
+        module: where it lives in this package.
+        summary: what ``--help`` says of it.
+    """
+
+    module: str
+    summary: str
+
+
 EXPERIMENTS = {
-    "mnist": "handwritten digits with a 784-900-10 network (Section 5.5, Table 3)",
-    "regression": "high-dimensional regression with a 1000-300-1 network (Section 5.1, Table 1)",
-    "classification": "high-dimensional, with a 500-100-50-20-2 network (Section 5.2, Table 2)",
-    "sample-size": "the classification's errors against its number of samples (supplement)",
-    "depth": "the classification's errors against its number of hidden layers (supplement)",
-    "step-size": "the classification's errors against the initial step size (supplement)",
-    "cifar10": "images with a VGG-16 whose first windows are 21 x 21 (Section 5.3, Figure 4)",
-    "select-c": "cross-validation of c, and of a c for each layer (Section 5.4, Figure 5)",
-    "regularizers": "the ball beside L1, L2 and dropout on three data sets (Section 5.5, Table 3)",
-    "bounds": "generalization errors of trained networks beside the theory (Theorems 2 and 3)",
-    "optimizers": "optimizers and projections on the simulated data (Sections 5.1 and 5.2)",
+    "mnist": Experiment(
+        "paper.mnist",
+        "handwritten digits with a 784-900-10 network (Section 5.5, Table 3)",
+    ),
+    "regression": Experiment(
+        "paper.regression",
+        "high-dimensional regression with a 1000-300-1 network (Section 5.1, Table 1)",
+    ),
+    "classification": Experiment(
+        "paper.classification",
+        "high-dimensional, with a 500-100-50-20-2 network (Section 5.2, Table 2)",
+    ),
+    "sample-size": Experiment(
+        "supplement.sample_size",
+        "the classification's errors against its number of samples (supplement)",
+    ),
+    "depth": Experiment(
+        "supplement.depth",
+        "the classification's errors against its number of hidden layers (supplement)",
+    ),
+    "step-size": Experiment(
+        "supplement.step_size",
+        "the classification's errors against the initial step size (supplement)",
+    ),
+    "cifar10": Experiment(
+        "paper.cifar10",
+        "images with a VGG-16 whose first windows are 21 x 21 (Section 5.3, Figure 4)",
+    ),
+    "select-c": Experiment(
+        "paper.select_c",
+        "cross-validation of c, and of a c for each layer (Section 5.4, Figure 5)",
+    ),
+    "regularizers": Experiment(
+        "paper.regularizers",
+        "the ball beside L1, L2 and dropout on three data sets (Section 5.5, Table 3)",
+    ),
+    "bounds": Experiment(
+        "beyond.certificates",
+        "generalization errors of trained networks beside the theory (Theorems 2 and 3)",
+    ),
+    "optimizers": Experiment(
+        "beyond.optimizers",
+        "optimizers and projections on the simulated data (Sections 5.1 and 5.2)",
+    ),
 }
 
 
@@ -56,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = make_parser().parse_args(argv)
         if args.distributed:
-            _join(args.distributed)
-        with _first_process_speaks(args):
+            processes.join(args.distributed)
+        with processes.first_process_speaks(args):
             args.run(args)
     except ModuleNotFoundError as error:
         if not error.name or error.name.split(".")[0] == "l1inf_optax":
@@ -87,46 +126,17 @@ def make_parser() -> argparse.ArgumentParser:
         "Kubernetes), otherwise process I of N, of which process 0 listens at HOST:PORT",
     )
     commands = parser.add_subparsers(metavar="NAME", required=True)
-    for name, summary in EXPERIMENTS.items():
-        module = importlib.import_module(f"l1inf_optax.experiments.{name.replace('-', '_')}")
+    for name, experiment in EXPERIMENTS.items():
+        module = importlib.import_module(f"l1inf_optax.experiments.{experiment.module}")
         command = commands.add_parser(
             name,
-            help=summary,
+            help=experiment.summary,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
-
-
-def _join(where: str) -> None:
-    """Find the other processes; before anything is computed."""
-    try:
-        if where == "auto":
-            jax.distributed.initialize()
-        else:
-            address, processes, process = where.split(",")
-            jax.distributed.initialize(address, int(processes), int(process))
-    except ValueError as error:
-        raise OptionError(
-            f"--distributed {where}: {error}; give auto on a cluster that JAX knows, otherwise "
-            "HOST:PORT,N,I such as host0:1234,4,0"
-        ) from error
-
-
-@contextmanager
-def _first_process_speaks(args: argparse.Namespace) -> Iterator[None]:
-    """Keep the other processes, which compute the same, from printing it and writing it too."""
-    if not jax.distributed.is_initialized() or jax.process_index() == 0:
-        yield
-        return
-    with (
-        TemporaryDirectory() as args.out,
-        open(os.devnull, "w") as nowhere,
-        redirect_stdout(nowhere),
-    ):
-        yield
 
 
 def _fail(message: str) -> None:

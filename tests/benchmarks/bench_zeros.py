@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import l1inf_optax as l1inf
-from l1inf_optax.experiments import synthetic
+from l1inf_optax.experiments.data import synthetic
 from l1inf_optax.linen import AugmentedMLP
 
 STEPS, SETTLED, TRIALS, SAMPLES = 3000, 2100, 10, 500

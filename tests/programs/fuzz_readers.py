@@ -29,7 +29,8 @@ STANDARD = ("zipfile", "gzip", "tarfile", "pickletools", "json", "json.decoder",
 
 
 def read_digits(path):
-    from l1inf_optax.experiments.data import DataError, load_digits
+    from l1inf_optax.experiments.data.digits import load_digits
+    from l1inf_optax.experiments.data.files import DataError
 
     try:
         digits = load_digits(path)
@@ -42,8 +43,8 @@ def read_digits(path):
 
 
 def read_cifar10(path):
-    from l1inf_optax.experiments.cifar_data import load_cifar10
-    from l1inf_optax.experiments.data import DataError
+    from l1inf_optax.experiments.data.files import DataError
+    from l1inf_optax.experiments.data.images import load_cifar10
 
     try:
         images = load_cifar10(path)
@@ -55,8 +56,8 @@ def read_cifar10(path):
 
 
 def read_checkpoint(path):
-    from l1inf_optax.experiments.checkpoints import open_checkpoints
-    from l1inf_optax.experiments.options import OptionError
+    from l1inf_optax.experiments.command.checkpoints import open_checkpoints
+    from l1inf_optax.experiments.command.options import OptionError
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,8 +179,8 @@ def checkpoint_target(name):
     def target(folder):
         import numpy as np
 
-        from l1inf_optax.experiments.checkpoints import open_checkpoints
-        from l1inf_optax.experiments.training import Progress, Snapshot
+        from l1inf_optax._lanes import Progress, Snapshot
+        from l1inf_optax.experiments.command.checkpoints import open_checkpoints
 
         whole = folder / "whole"
         with open_checkpoints(whole, RUN, asynchronous=False) as (_, keep):
@@ -227,10 +228,10 @@ def fuzz(name, folder, seconds):
     for module in STANDARD:  # those that this process has imported already
         sys.modules.pop(module, None)
     with atheris.instrument_imports(include=["l1inf_optax.experiments", "orbax", *STANDARD]):
-        import l1inf_optax.experiments.cifar_data
+        import l1inf_optax.experiments.data.images
 
         if name.startswith("checkpoint"):
-            import l1inf_optax.experiments.checkpoints  # noqa: F401
+            import l1inf_optax.experiments.command.checkpoints  # noqa: F401
     from numpy.lib import format as npy_format
 
     for function in ("_read_array_header", "descr_to_dtype", "_filter_header"):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l1inf_optax._training import Lane, Task, train
+from l1inf_optax._lanes import Lane, Task, train
 
 RNG = np.random.default_rng(1)
 N, D = 20, 3
