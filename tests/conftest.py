@@ -17,6 +17,8 @@ import jax
 import psutil
 import pytest
 
+from tests.support import compiling
+
 # The same examples every time, however slow the machine: the fuzzers look for new ones.
 hypothesis.settings.register_profile(
     "never by chance",
@@ -80,9 +82,9 @@ def x64():
     jax.config.update("jax_enable_x64", False)
 
 
-# Files whose programs run once, on a few numbers: LLVM's optimization is up to half of their time.
-# It stays where the last bits of a projection are tested, where bits are those of another process,
-# and where networks are trained.
+# Files whose programs run once, on a few numbers: two thirds of the time that they take to compile
+# buys nothing. Everybody's compiler stays where the last bits of a projection are tested, where
+# bits are those of another process, and where networks are trained.
 HASTY = {
     "test_bounds.py",
     "test_certificates.py",
@@ -105,11 +107,8 @@ HASTY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_optimized_where_it_matters(request):
-    """Compiles the programs of some files with next to no optimization."""
-    hasty = request.path.name in HASTY
-    if hasty != jax.config.read("jax_disable_most_optimizations"):
-        jax.clear_caches()  # no file uses the programs of another kind
-        jax.config.update("jax_disable_most_optimizations", hasty)
+    """Compiles the programs of some files in haste."""
+    compiling.set_haste(request.path.name in HASTY)
 
 
 ROOM = 500_000_000  # bytes

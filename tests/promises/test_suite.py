@@ -12,7 +12,7 @@ import pytest
 
 import l1inf_optax as l1inf
 from l1inf_optax import bounds, linen, nnx, plotting, selection
-from tests.support import children
+from tests.support import children, compiling
 
 TESTS = children.ROOT / "tests"
 QUICK = "pytestmark = pytest.mark.quick"
@@ -135,6 +135,11 @@ def functions_and_classes(module):
     """The public names of a module that has no list of them."""
     own = [v for v in vars(module).values() if getattr(v, "__module__", None) == module.__name__]
     return {v.__name__ for v in own if callable(v) and not v.__name__.startswith("_")}
+
+
+def test_options_that_xla_does_not_have_are_told_from_those_it_has():
+    assert compiling.is_known({"xla_backend_optimization_level": "0"})
+    assert not compiling.is_known({"xla_cpu_make_coffee": "False"})
 
 
 def test_no_test_starts_a_process_otherwise():
