@@ -37,7 +37,8 @@ The words: a *part* is one of the arrays a column is split over (a bias, a kerne
 number in it; a *survivor* an entry above the threshold; *slope* how fast an entry, or a norm,
 shrinks as the threshold rises; *excess* how far a norm is above c; *doubt* how far rounding may
 have taken it from the truth; *slack* how far below c is near enough; a *pass* one reading of all
-entries.
+entries. In signatures ``*columns`` is the shape of a layer whose axes that a column runs along have
+length 1.
 """
 
 from collections.abc import Sequence

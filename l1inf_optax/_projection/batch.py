@@ -4,9 +4,11 @@ Layers of one kind share one compiled search: they take turns in one loop, one c
 and memory for one.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,10 @@ from l1inf_optax._projection.columns import columns_of
 from l1inf_optax._projection.shrink import Found, Projected, shrink
 from l1inf_optax._projection.threshold import find_thresholds
 from l1inf_optax._sharding import Rows, columns_where_they_are
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
 
 
 class Problem(NamedTuple):
@@ -31,8 +37,8 @@ class Problem(NamedTuple):
 
     operands: Any
     slope: Arrays | None
-    start: jax.Array
-    c: jax.Array
+    start: Float[Array, "*columns"]
+    c: Float[Array, "*columns"]
 
 
 class Kind(NamedTuple):

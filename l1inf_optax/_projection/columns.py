@@ -5,8 +5,10 @@ brought to an ordinary size by a power of two, and every entry with it whenever 
 costs a product, and no copy of the entries.
 """
 
+from __future__ import annotations
+
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,10 @@ from l1inf_optax._projection.sums import largest, length
 from l1inf_optax._projection.xla_cpu import not_fused
 from l1inf_optax._sharding import Rows
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float
+
 
 class Columns(NamedTuple):
     """What the search for the thresholds compares, adds up and aims at.
@@ -44,10 +50,10 @@ class Columns(NamedTuple):
 
     entries: Arrays
     slope: Arrays | None
-    c: jax.Array
-    scale: jax.Array | None
-    unseen: jax.Array
-    free: jax.Array
+    c: Float[Array, "*columns"]
+    scale: Float[Array, "*columns"] | None
+    unseen: Float[Array, "*columns"]
+    free: Bool[Array, "*columns"]
     rows: Rows
 
     def magnitude(self, x: jax.Array) -> jax.Array:

@@ -6,14 +6,20 @@
 4. `left_bound`: a threshold sure to be left of the root.
 """
 
+from __future__ import annotations
+
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from l1inf_optax._projection.floats import Pair
 from l1inf_optax._projection.measure import Measured
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
 
 USUAL_PASSES = 12
 _FAR = 2.0**-8  # an excess of this share of c is far from the root: rounding plays no part
@@ -31,9 +37,9 @@ class Tolerances(NamedTuple):
         newton_passes: The pass after which any feasible threshold will do.
     """
 
-    c: jax.Array
-    slack: jax.Array
-    unseen: jax.Array
+    c: Float[Array, "*columns"]
+    slack: Float[Array, "*columns"]
+    unseen: Float[Array, "*columns"]
     eps: float
     is_weighted: bool
     newton_passes: int
@@ -50,11 +56,11 @@ class Known(NamedTuple):
         topped: Its largest entry was read.
     """
 
-    outside: jax.Array
-    inside: jax.Array
-    done: jax.Array
-    crossed: jax.Array
-    topped: jax.Array
+    outside: Bool[Array, "*columns"]
+    inside: Bool[Array, "*columns"]
+    done: Bool[Array, "*columns"]
+    crossed: Bool[Array, "*columns"]
+    topped: Bool[Array, "*columns"]
 
     @property
     def bits(self) -> jax.Array:
@@ -77,9 +83,9 @@ class State(NamedTuple):
     """
 
     trial: Pair
-    left: jax.Array
-    bits: jax.Array
-    passes: jax.Array
+    left: Float[Array, "*columns"]
+    bits: Int[Array, "*columns"]
+    passes: Int[Array, ""]
 
     @property
     def known(self) -> Known:
@@ -99,12 +105,12 @@ class Verdict(NamedTuple):
         blur: By how much the norm jumps as the threshold moves by its last bit.
     """
 
-    feasible: jax.Array
-    outside: jax.Array
-    inside: jax.Array
-    near: jax.Array
-    done: jax.Array
-    blur: jax.Array
+    feasible: Bool[Array, "*columns"]
+    outside: Bool[Array, "*columns"]
+    inside: Bool[Array, "*columns"]
+    near: Bool[Array, "*columns"]
+    done: Bool[Array, "*columns"]
+    blur: Float[Array, "*columns"]
 
 
 def judge(measured: Measured, state: State, tolerances: Tolerances) -> Verdict:

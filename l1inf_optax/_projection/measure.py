@@ -1,6 +1,8 @@
 """What soft-thresholding at some threshold leaves of every column, in one pass over the entries."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,10 @@ from l1inf_optax._projection.sums import (
 )
 from l1inf_optax._projection.xla_cpu import kept_in_the_loop
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
 
 class Measured(NamedTuple):
     """The norm of what soft-thresholding leaves of a column.
@@ -30,10 +36,10 @@ class Measured(NamedTuple):
             metric the sum of their slopes.
     """
 
-    norm: jax.Array
-    excess: jax.Array
-    doubt: jax.Array
-    slope: jax.Array
+    norm: Float[Array, "*columns"]
+    excess: Float[Array, "*columns"]
+    doubt: Float[Array, "*columns"]
+    slope: Float[Array, "*columns"]
 
 
 def measure(columns: Columns, theta: Pair, axes: Axes, opaque_true: jax.Array) -> Measured:

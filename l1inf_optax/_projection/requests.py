@@ -1,7 +1,9 @@
 """The columns of many layers, each with its radius; what is wrong with them is said first."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,10 @@ from l1inf_optax._projection.derivative import project
 from l1inf_optax._projection.floats import wide_dtype
 from l1inf_optax._projection.shrink import Projected
 
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Float
+
 
 class Request(NamedTuple):
     """Columns to project.
@@ -37,7 +43,7 @@ class Request(NamedTuple):
     operands: Any
     c: ArrayLike
     axes: Axes
-    start: jax.Array | None = None
+    start: Float[Array, "*columns"] | None
     slope: Arrays | None = None
 
 

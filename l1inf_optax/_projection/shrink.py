@@ -1,6 +1,8 @@
 """From the thresholds to the projected columns, entry by entry."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,10 @@ from jax import lax
 from l1inf_optax._projection.arguments import Arrays
 from l1inf_optax._projection.columns import above_threshold, magnitude
 from l1inf_optax._projection.floats import Pair, bits, round_down
+
+if TYPE_CHECKING:
+    from jax import Array
+    from jaxtyping import Bool, Float, Int
 
 
 class Projected(NamedTuple):
@@ -23,9 +29,9 @@ class Projected(NamedTuple):
     """
 
     parts: Arrays
-    threshold: jax.Array
-    inside: jax.Array
-    passes: jax.Array
+    threshold: Float[Array, "*columns"]
+    inside: Bool[Array, "*columns"]
+    passes: Int[Array, ""]
 
 
 class Found(NamedTuple):
@@ -41,11 +47,11 @@ class Found(NamedTuple):
     """
 
     theta: Pair
-    inside: jax.Array
-    largest_share: jax.Array
-    scale: jax.Array | None
-    threshold: jax.Array
-    passes: jax.Array
+    inside: Bool[Array, "*columns"]
+    largest_share: Float[Array, "*columns"]
+    scale: Float[Array, "*columns"] | None
+    threshold: Float[Array, "*columns"]
+    passes: Int[Array, ""]
 
 
 def shrink(parts: Arrays, slope: Arrays | None, found: Found) -> Projected:
