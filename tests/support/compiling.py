@@ -1,8 +1,8 @@
 """Programs of tests that are compiled in half the time, where it does not matter how fast they are.
 
-LLVM's optimization goes, and XLA's newer code generator for CPUs, which writes MLIR first. Only a
-flag for the whole process turns that off; JAX has no setting for it. So this goes around JAX: where
-that does not work, tests take longer, and nothing else.
+They go without LLVM's optimization, and through XLA's older code generator for CPUs, as the newer
+one writes MLIR first. JAX has no setting for that, and a flag in the environment is for the whole
+process. So this goes around JAX: where that does not work, tests take longer, and nothing else.
 """
 
 from functools import cache
