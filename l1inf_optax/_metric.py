@@ -9,14 +9,14 @@ not computed here a second time but read off the optimizer, whatever wraps it, i
 3. That step, divided by its gradient, is ``1 / d``, up to a factor for each leaf.
 4. The factor is how much longer the real updates are than a step so small predicts them.
 
-Only which fields of which state are moments is written down. What is not known is an error. Links
-without a state cannot be known by name: `_trial` finds out what they do.
+Only which fields of which state are moments is written down, in `_optimizers`. What is not known is
+an error. Links without a state cannot be known by name: `_trial` finds out what they do.
 """
 
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,96 +24,14 @@ import optax
 
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer
+from l1inf_optax._optimizers import is_euclidean, links, moments_in, with_moments
 
-
-class _Moments(NamedTuple):
-    """The fields of a state that the updates depend on.
-
-    Attributes:
-        first: What a step without a gradient starts without: running means of gradients or of
-            updates, in which the updates are linear.
-        second: Running means of squares: these are the metric.
-        fixed_fields: Values that make a step take over some of the second moments it is given.
-    """
-
-    first: tuple[str, ...] = ()
-    second: tuple[str, ...] = ()
-    fixed_fields: tuple[tuple[str, int], ...] = ()
-
-
-# By the names of optax's states, as it does not export all of them.
-MOMENTS = {
-    "ScaleByAdamState": _Moments(("mu",), ("nu",)),  # adam(w), nadam(w), radam, yogi, lamb, adamax
-    "ScaleByAmsgradState": _Moments(("mu", "nu"), ("nu_max",)),  # nu only raises nu_max
-    "ScaleByBeliefState": _Moments(("mu",), ("nu",)),
-    "ScaleByNovogradState": _Moments(("mu",), ("nu",)),
-    "ScaleByRmsState": _Moments((), ("nu",)),
-    "ScaleByRmsWithCountState": _Moments((), ("nu",)),
-    "ScaleByRStdDevState": _Moments((), ("mu", "nu")),
-    "ScaleByRStdDevWithCountState": _Moments((), ("mu", "nu")),
-    "ScaleByRssState": _Moments((), ("sum_of_squares",)),
-    "ScaleByAdaDeltaState": _Moments((), ("e_g",)),
-    # Adafactor's first steps forget everything before them: take one from later on.
-    "FactoredState": _Moments((), ("v_row", "v_col", "v"), (("count", 10**6),)),
-    "ScaleByAdanState": _Moments(("m", "v", "g"), ("n",)),
-    "ScaleByAdemamixState": _Moments(("m1", "m2"), ("nu",)),
-    "ScaleBySimplifiedAdEMAMixState": _Moments(("m",), ("n",)),
-    "ScaleByOptimisticGradientState": _Moments(("previous_gradient",)),
-    "ScaleBySM3State": _Moments(("nu",)),  # its second moments are known only to the step itself
-    "TraceState": _Moments(("trace",)),
-    "EmaState": _Moments(("ema",)),
-    "MultiStepsState": _Moments(("acc_grads",)),
-    "ApplyEvery": _Moments(("grad_acc",)),
-}
-WRAPPERS = {
-    "MultiStepsState": "inner_opt_state",
-    "ApplyIfFiniteState": "inner_state",
-    "ConditionallyTransformState": "inner_state",
-    "ConditionallyMaskState": "inner_state",
-    "InjectHyperparamsState": "inner_state",
-    "InjectStatefulHyperparamsState": "inner_state",
-    "MaskedState": "inner_state",
-    "MultiTransformState": "inner_states",
-    "PartitionState": "inner_states",
-    "SplitRealAndImaginaryState": "inner_state",
-}
-# Those that search along an update for its length: the metric stays what it is.
-LINE_SEARCHES = {"ScaleByBacktrackingLinesearchState", "ScaleByZoomLinesearchState"}
-# Those that leave the metric as it is: they scale whole updates or leaves, add noise, or look on.
-NEUTRAL = LINE_SEARCHES | {
-    "AddNoiseState",
-    "DoGState",
-    "DoWGState",
-    "MonitorState",
-    "ReduceLROnPlateauState",
-    "ScaleByDistanceOverGradientsState",
-    "ScaleByScheduleState",
-    "SnapshotState",
-    "WeightDecaySchedule",
-    "ZeroNansState",
-}
-# Those that may step differently in different leaves, or adapt without second moments of their own.
-_UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State"}
-# Those that do not step along the gradient, even within a leaf, each with a field that is like the
-# parameters.
-UNEUCLIDEAN = {
-    name: moments.second[0]
-    for name, moments in MOMENTS.items()
-    if moments.second and name != "ScaleByNovogradState"
-} | {"ScaleBySM3State": "nu", "ScaleByLionState": "mu", "MuonState": "mu"}
 # A gradient so small that no second moment notices, and so large that its square, times what a
-# running mean takes of it, is a normal number.
+# running mean takes of it, is a normal number: a subnormal one would be lost on the way.
 _NEXT_TO_NOTHING = 1e-15
-# Beyond these, largest gradients count as these: one of 1e38 would make nothing of all others.
+# Beyond these, largest gradients count as these: one of 1e38 would make tiny_grads of all others.
 _SIZES = 1e-20, 1e10
 _SAMPLE = 4096  # entries of a leaf that tell its factor
-
-
-def is_euclidean(state: Any) -> bool:
-    """Whether an optimizer with this state steps along the gradient within a leaf."""
-    return all(
-        not MOMENTS.get(name, _Moments()).second and name not in _UNEVEN for name, _ in parts(state)
-    )
 
 
 def slopes(
@@ -147,26 +65,27 @@ def slopes(
         return None
     grads, updates, params, before, after = map(_wide, (grads, updates, params, before, after))
     # Without parameters there is no weight decay, so that updates are in proportion to gradients.
-    nowhere = jax.tree.map(jnp.zeros_like, params)
+    zero_params = jax.tree.map(jnp.zeros_like, params)
 
     def step(grads: Any, first: Any, second: Any) -> tuple[Any, Any]:
-        return optimizer.update(grads, _with_moments(before, first, second), nowhere, **extra)
+        return optimizer.update(grads, with_moments(before, first, second), zero_params, **extra)
 
     # It makes parameters grow: whoever keeps them positive lets it pass.
-    nothing = jax.tree.map(lambda g: jnp.full_like(g, -_NEXT_TO_NOTHING), grads)
-    first = _moments(before, "first")
-    none = jax.tree.map(jnp.zeros_like, first)
-    uneven = has_leaf_factors(lambda g: step(g, none, _moments(before, "second"))[0], grads, layers)
+    tiny_grads = jax.tree.map(lambda g: jnp.full_like(g, -_NEXT_TO_NOTHING), grads)
+    first = moments_in(before, "first")
+    zero_first = jax.tree.map(jnp.zeros_like, first)
+    second = moments_in(before, "second")
+    uneven = has_leaf_factors(lambda g: step(g, zero_first, second)[0], grads, layers)
     if alike and not uneven:
         return None
-    before_it = _moments_before(
-        lambda second: _moments(step(nothing, none, second)[1], "second"), after
+    second_before = _moments_before(
+        lambda second: moments_in(step(tiny_grads, zero_first, second)[1], "second"), after
     )
-    moved = _moved(lambda g: step(g, none, before_it)[0], nothing, after)
-    if any(name == "ScaleBySM3State" for name, _ in parts(before)):
+    moved = _moved(lambda g: step(g, zero_first, second_before)[0], tiny_grads, after)
+    if any(name == "ScaleBySM3State" for name, _ in links(before)):
         return jax.tree.map(
             lambda u, g, x: jnp.where(g == 0, -x / _NEXT_TO_NOTHING, u / g),
-            step(grads, none, before_it)[0],
+            step(grads, zero_first, second_before)[0],
             grads,
             moved,
         )
@@ -176,18 +95,18 @@ def slopes(
     largest = jnp.clip(functools.reduce(jnp.maximum, sizes), *_SIZES)
     scale = _NEXT_TO_NOTHING / largest
     small_grads, small_first = jax.tree.map(lambda x: x * scale, (grads, first))
-    linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, before_it)[0])
+    linear = jax.tree.map(lambda u: u / scale, step(small_grads, small_first, second_before)[0])
     factors = jax.tree.map(_leaf_factor, updates, linear, params)
     return jax.tree.map(jnp.multiply, moved, factors)
 
 
-def _moved(step: Callable[[Any], Any], nothing: Any, state: Any) -> Any:
-    """What a step without first moments makes of a gradient next to nothing."""
-    if all(name != "AddNoiseState" for name, _ in parts(state)):
-        return step(nothing)
+def _moved(step: Callable[[Any], Any], tiny_grads: Any, state: Any) -> Any:
+    """What a step without first moments makes of a gradient next to tiny_grads."""
+    if all(name != "AddNoiseState" for name, _ in links(state)):
+        return step(tiny_grads)
     # Noise hides so small a step, but not how the step changes with the gradient.
-    ones = jax.tree.map(jnp.ones_like, nothing)
-    changes = jax.jvp(step, (nothing,), (ones,))[1]
+    ones = jax.tree.map(jnp.ones_like, tiny_grads)
+    changes = jax.jvp(step, (tiny_grads,), (ones,))[1]
     return jax.tree.map(lambda x: x * -_NEXT_TO_NOTHING, changes)
 
 
@@ -284,7 +203,7 @@ def _leaf_factor(update: jax.Array, linear: jax.Array, param: jax.Array) -> jax.
 
 def _moments_before(step: Callable[[Any], Any], after: Any) -> list[Any]:
     """Second moments that a step with next to no gradient turns into those of ``after``."""
-    wanted = _moments(after, "second")
+    wanted = moments_in(after, "second")
 
     def from_all(n: float) -> Any:
         return step(jax.tree.map(lambda x: jnp.full_like(x, n), wanted))
@@ -306,70 +225,3 @@ def _wide(tree: Any) -> Any:
         return jnp.asarray(x, jnp.float32) if short else x
 
     return jax.tree.map(wide, tree)
-
-
-# --- the parts of an optimizer's state ------------------------------------------------------------
-
-
-def parts(state: Any) -> Iterator[tuple[str, Any]]:
-    """The named tuples in a state, with their names, outer ones first; so is what else it holds."""
-    name = type(state).__name__
-    if not hasattr(state, "_fields"):
-        if isinstance(state, dict | list | tuple):
-            for part in _sorted(state).values() if isinstance(state, dict) else state:
-                yield from parts(part)
-            return
-        if jax.tree.leaves(state):
-            yield name, state
-        return
-    yield name, state
-    if name in WRAPPERS:
-        yield from parts(getattr(state, WRAPPERS[name]))
-
-
-def _sorted(state: dict[Any, Any]) -> dict[Any, Any]:
-    """By key, as JAX sorts a dict wherever it takes one apart: of two states one may be fresh."""
-    return dict(sorted(state.items()))
-
-
-def _moments(state: Any, kind: str) -> list[Any]:
-    """The first or second moments in a state, in the order of its parts."""
-    return [
-        getattr(part, field)
-        for name, part in parts(state)
-        if name in MOMENTS
-        for field in getattr(MOMENTS[name], kind)
-    ]
-
-
-def _with_moments(state: Any, first: Sequence[Any], second: Sequence[Any]) -> Any:
-    """The state with other moments."""
-    return _replaced(state, {"first": iter(first), "second": iter(second)})
-
-
-def varied(state: Any) -> Any:
-    """The state without first moments, its second ones unevenly smaller."""
-
-    def smaller(x: jax.Array) -> jax.Array:
-        return x * jnp.linspace(0.1, 1, x.size, dtype=x.dtype).reshape(x.shape)
-
-    none = jax.tree.map(jnp.zeros_like, _moments(state, "first"))
-    return _with_moments(state, none, jax.tree.map(smaller, _moments(state, "second")))
-
-
-def _replaced(state: Any, moments: dict[str, Iterator[Any]]) -> Any:
-    name = type(state).__name__
-    if not hasattr(state, "_fields"):
-        if isinstance(state, dict):
-            changed = {k: _replaced(x, moments) for k, x in _sorted(state).items()}
-            return type(state)(changed)
-        if isinstance(state, list | tuple):
-            return type(state)(_replaced(x, moments) for x in state)
-        return state
-    own = MOMENTS.get(name, _Moments())
-    changed = {field: next(moments["first"]) for field in own.first}
-    changed |= {field: next(moments["second"]) for field in own.second}
-    changed |= {field: jnp.full_like(getattr(state, field), x) for field, x in own.fixed_fields}
-    if name in WRAPPERS:
-        changed[WRAPPERS[name]] = _replaced(getattr(state, WRAPPERS[name]), moments)
-    return state._replace(**changed)

@@ -16,52 +16,9 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from l1inf_optax import _layers, _metric
+from l1inf_optax import _layers, _metric, _optimizers
 from l1inf_optax._layers import Layer
-
-_A_FUNCTION = (
-    "metric=f, where f(state, params) returns the positive weights d of steps -m / d, such as "
-    "lambda state, params: jax.tree.map(lambda v: jnp.sqrt(v) + 1e-8, optax.tree.get(state, 'nu'))"
-)
-_NO_METRIC = (
-    "there is no metric to project in, and after the Euclidean projection most of what it learns "
-    "is lost. Use another optimizer; if it must be this one, metric='euclidean' keeps it feasible"
-)
-_SIGNS = f"It steps by signs: {_NO_METRIC}"
-_MATRICES = f"It steps by whole matrices: {_NO_METRIC}"
-_AVERAGES = (
-    "It averages points of the ball, which brings back entries that were zero. Constrain {} "
-    "instead, with a learning rate that decays"
-)
-# What to write for what is known to have no metric, or none that can be read off its state.
-_ADVICE = {
-    "COCOBState": f"It bets on every coordinate anew: {_NO_METRIC}",
-    "DAdaptAdamWState": f"It is adaptive: give {_A_FUNCTION.replace('nu', 'exp_avg_sq')}",
-    "DifferentiallyPrivateAggregateState": "It takes a gradient for each example. Put it in front: "
-    "optax.chain(differentially_private_aggregate(...), l1inf.constrain(optax.sgd(0.1), c))",
-    "GaLoreState": _MATRICES,
-    "HutchinsonState": "It returns no updates: constrain the optimizer that uses its estimate",
-    "LookaheadState": "Put it around: optax.lookahead(l1inf.constrain(optimizer, c), 6, 0.5). Its "
-    "means of points in the ball are in the ball, but for rounding",
-    "MadgradState": "It averages gradients from the start on, as dual averaging does. Constrain "
-    "optax.adagrad(...) instead",
-    "MechanicState": "It moves from where it started, not from where the projection put it. "
-    "Constrain the optimizer inside, with a learning rate of its own",
-    "MomoAdamState": f"It is adaptive: give {_A_FUNCTION.replace('nu', 'exp_avg_sq')}",
-    "MomoState": "It steps along a running mean of gradients, all entries alike: give "
-    "metric='euclidean'",
-    "MuonState": _MATRICES,
-    "ProdigyState": f"It is adaptive: give {_A_FUNCTION.replace('nu', 'exp_avg_sq')}",
-    "SAMState": "It leaves the ball on purpose, for a gradient elsewhere. Put it around, with "
-    "opaque_mode=True: optax.contrib.sam(l1inf.constrain(optimizer, c), adversary, "
-    "opaque_mode=True)",
-    "ScaleByLBFGSState": _MATRICES,
-    "ScaleByLionState": _SIGNS,
-    "ScaleByRpropState": _SIGNS,
-    "ScheduleFreeState": _AVERAGES.format("optax.adamw(...) or optax.sgd(...)"),
-    "SophiaState": "It clips what it divides by the curvature, so that most of its steps are "
-    f"signs: {_NO_METRIC}",
-}
+from l1inf_optax._optimizers import A_FUNCTION, NO_METRIC
 
 
 def check(
@@ -87,7 +44,7 @@ def check(
     except TypeError as error:
         raise ValueError(
             "metric='auto' tries the optimizer before training, and that fails: "
-            f"{error}. If it needs arguments of its own, give {_A_FUNCTION}, or "
+            f"{error}. If it needs arguments of its own, give {A_FUNCTION}, or "
             "metric='euclidean' if its steps are gradients, all entries scaled alike"
         ) from error
     if not fits:
@@ -97,19 +54,19 @@ def check(
             "them (clip, adaptive_grad_clip, clip_by_block_rms), or scales them without a state "
             "that shows how. What changes the gradient belongs in front: "
             "optax.chain(optax.centralize(), l1inf.constrain(optax.adam(1e-3), c)). What comes "
-            f"after the optimizer leaves no metric, unless you know one: {_A_FUNCTION}"
+            f"after the optimizer leaves no metric, unless you know one: {A_FUNCTION}"
         )
 
 
 def _check_known(state: Any, neutral: tuple[type, ...]) -> None:
     """Raises a ValueError if a part of a state belongs to something that is not known."""
-    known = _metric.MOMENTS.keys() | _metric.WRAPPERS.keys() | _metric.NEUTRAL
-    for name, part in _metric.parts(state):
+    known = _optimizers.MOMENTS.keys() | _optimizers.WRAPPERS.keys() | _optimizers.NEUTRAL
+    for name, part in _optimizers.links(state):
         if isinstance(part, neutral) or not jax.tree.leaves(part):
             continue
-        if name in _ADVICE:
-            raise ValueError(f"metric='auto' finds no metric in {name}. {_ADVICE[name]}")
-        if name in _metric.LINE_SEARCHES and not _metric.is_euclidean(state):
+        if name in _optimizers.ADVICE:
+            raise ValueError(f"metric='auto' finds no metric in {name}. {_optimizers.ADVICE[name]}")
+        if name in _optimizers.LINE_SEARCHES and not _optimizers.is_euclidean(state):
             raise ValueError(
                 f"metric='auto' finds no metric behind {name}, which would search along every step "
                 "that is tried. Use a schedule for the learning rate, or search after SGD alone"
@@ -117,7 +74,7 @@ def _check_known(state: Any, neutral: tuple[type, ...]) -> None:
         if name not in known:
             raise ValueError(
                 f"metric='auto' does not know {name}. If it scales every entry by a number of its "
-                f"own, as Adam does, give {_A_FUNCTION}. If it only scales whole updates, or looks "
+                f"own, as Adam does, give {A_FUNCTION}. If it only scales whole updates, or looks "
                 f"on, say neutral=({name},). If its steps are gradients or means of them, all "
                 "entries scaled alike, metric='euclidean' is right"
             )
@@ -151,7 +108,7 @@ def _is_obvious(optimizer: Any, state: Any, params: Any, layers: Sequence[Layer]
             "metric='auto' finds that the updates of a constrained layer do not depend on how long "
             "its gradient is, as those of sign-SGD or of a layer that is frozen. A frozen layer "
             "is left free by c={its name: None, ...}. Steps by signs leave no metric to project "
-            f"in: {_NO_METRIC}"
+            f"in: {NO_METRIC}"
         )
     closed = jax.make_jaxpr(update)(own, params, state, params)
     last_params = range(last - len(jax.tree.leaves(params)), last)
@@ -250,7 +207,7 @@ def _fits_on(like: Any, optimizer: Any, layers: Sequence[Layer]) -> bool:
     tried = jax.jit(lambda g, s, p, at: optimizer.update(g, s, p, **_arguments(*at)))
     state, at = optimizer.init(like), (like, like)
     sizes: tuple[float, ...] = (_SIZE,)
-    if any(name == "AddNoiseState" for name, _ in _metric.parts(state)):
+    if any(name == "AddNoiseState" for name, _ in _optimizers.links(state)):
         sizes = (_ABOVE_NOISE,)
     elif _metric.has_leaf_factors(lambda g: tried(g, state, like, at)[0], like, layers):
         sizes = (_SIZE, *_LARGER)
@@ -297,7 +254,7 @@ def _fits_at(size: float, like: Any, init: Any, tried: Any, layers: Sequence[Lay
         return True  # the learning rate, say, is being traced: nothing can be told now
     # As long as all of Adam's updates are alike, a limit on them does not show. Make them differ.
     taken = _Step(taken.before, *step(taken.before, 1.0)[1:])
-    longer = step(_metric.varied(taken.before), _LONGER)
+    longer = step(_optimizers.varied(taken.before), _LONGER)
     return fits(taken, 1.0) and fits(longer, _LONGER)
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from l1inf_optax import _layers, _metric
+from l1inf_optax import _layers, _optimizers
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
 from l1inf_optax._projection.arguments import check_radius
 from l1inf_optax._transform import (
@@ -322,13 +322,13 @@ def _links_after(state: Any) -> int:
 
 def _optimizer(state: Any, constrained: Constrained) -> Iterator[Finding]:
     def ends(x: Any) -> bool:
-        return isinstance(x, ConstrainState) or type(x).__name__ in _metric.UNEUCLIDEAN
+        return isinstance(x, ConstrainState) or type(x).__name__ in _optimizers.UNEUCLIDEAN
 
     names, paths = set(), set()
     for part in jax.tree.leaves(state, is_leaf=ends):
         name = type(part).__name__
-        if name in _metric.UNEUCLIDEAN:
-            moments = dict(_layers.named_leaves(getattr(part, _metric.UNEUCLIDEAN[name])))
+        if name in _optimizers.UNEUCLIDEAN:
+            moments = dict(_layers.named_leaves(getattr(part, _optimizers.UNEUCLIDEAN[name])))
             # Where it does not step, `optax.partition` and `optax.masked` have put a MaskedNode.
             steps_in = {
                 layer.path

@@ -27,7 +27,7 @@ The rooms, each of which knows only those before it:
 | `search` | Newton's method: from measurements to the threshold |
 | `sort` | Algorithm 2 of the paper |
 | `shrink` | from thresholds to projected entries |
-| `threshold` | columns and tolerances in, thresholds out |
+| `threshold` | columns in, thresholds out: what an answer has to meet, and the search for it |
 | `batch` | layers that share a search, on the devices that hold them |
 | `derivative` | the optimality conditions, differentiated |
 | `requests` | the columns of many layers, each with its radius |
@@ -36,9 +36,9 @@ The rooms, each of which knows only those before it:
 The words: a *part* is one of the arrays a column is split over (a bias, a kernel); an *entry* is a
 number in it; a *survivor* an entry above the threshold; *slope* how fast an entry, or a norm,
 shrinks as the threshold rises; *excess* how far a norm is above c; *doubt* how far rounding may
-have taken it from the truth; *slack* how far below c is near enough; a *pass* one reading of all
-entries. In signatures ``*columns`` is the shape of a layer whose axes that a column runs along have
-length 1.
+have taken it from the truth; *shortfall* how far below c is near enough; a *pass* one reading of
+all entries. In signatures ``*columns`` is the shape of a layer whose axes that a column runs along
+have length 1.
 """
 
 from collections.abc import Sequence

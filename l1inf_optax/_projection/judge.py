@@ -25,20 +25,20 @@ USUAL_PASSES = 12
 _FAR = 2.0**-8  # an excess of this share of c is far from the root: rounding plays no part
 
 
-class Tolerances(NamedTuple):
-    """How exact an answer has to be, column by column where it is an array.
+class Aim(NamedTuple):
+    """What an answer has to meet, column by column where it is an array.
 
     Attributes:
         c: The radius.
-        slack: How far below c a result may end: a few units in the last place.
-        unseen: What a norm leaves out that is taken off a column unless it is left as it is.
+        shortfall: How far below c a result may end: a few units in the last place.
+        unseen: What subnormal entries, which processors read as 0, may add to a norm.
         eps: Rounding of the search itself.
         is_weighted: Whether survivors shrink at slopes of their own.
         newton_passes: The pass after which any feasible threshold will do.
     """
 
     c: Float[Array, "*columns"]
-    slack: Float[Array, "*columns"]
+    shortfall: Float[Array, "*columns"]
     unseen: Float[Array, "*columns"]
     eps: float
     is_weighted: bool
@@ -46,11 +46,11 @@ class Tolerances(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is known of a column.
+    """What is known of a column. Where it is neither outside nor inside, 0 has to be asked.
 
     Attributes:
         outside: It counts as outside its ball.
-        inside: It is inside.
+        inside: It counts as inside: it is left as it is.
         done: It has its answer.
         crossed: A threshold was right of the root.
         topped: Its largest entry was read.
@@ -100,7 +100,8 @@ class Verdict(NamedTuple):
         feasible: The norm is at most c, whatever rounding hides.
         outside: The column counts as outside its ball.
         inside: The column is inside its ball.
-        near: The norm is so little below c that no better threshold is looked for.
+        near: No better threshold is looked for: the norm is hardly below c, the threshold is 0, or
+            it is late.
         done: The threshold tried is the answer.
         blur: By how much the norm jumps as the threshold moves by its last bit.
     """
@@ -113,43 +114,41 @@ class Verdict(NamedTuple):
     blur: Float[Array, "*columns"]
 
 
-def judge(measured: Measured, state: State, tolerances: Tolerances) -> Verdict:
+def judge(measured: Measured, state: State, aim: Aim) -> Verdict:
     """Where the column and the threshold tried are known to be.
 
     Args:
         measured: The norm at ``state.trial``.
         state: The search so far.
-        tolerances: How exact an answer has to be.
+        aim: What the answer has to meet.
     """
     _, excess, doubt, slope = measured
     passes, trial = state.passes + 1, state.trial
-    above, below = excess + doubt, excess - doubt  # the true excess lies between them
-    feasible = above <= 0
-    late = passes > tolerances.newton_passes
+    feasible = measured.most_excess <= 0
+    late = passes > aim.newton_passes
 
     # Is the column outside its ball? The norm is convex in the threshold with slope -survivors, so
     #   norm(0) - c >= excess(trial) + survivors * trial.
-    # Both terms are taken low: `below` is the least excess that rounding allows, `height` loses
-    # 2^-20. At 0 itself a column that is not surely inside counts as outside.
+    # Both terms are taken low: the excess is the least that rounding allows, `height` loses 2^-20.
+    # At 0 itself a column that is not surely inside counts as outside.
     height = (trial[0] + trial[1]) * (1 - 2.0**-20)
     at_zero = height <= 0
-    inside = at_zero & (above + tolerances.unseen <= 0) & ~state.known.outside
-    outside = state.known.outside | jnp.where(at_zero, ~inside, below + slope * height > 0)
+    inside = at_zero & (measured.most_excess + aim.unseen <= 0) & ~state.known.outside
+    surely_outside = measured.least_excess + slope * height > 0
+    outside = state.known.outside | jnp.where(at_zero, ~inside, surely_outside)
 
     # With a metric the threshold's share of each entry rounds, and no step is finer than that. A
     # column that is not done after the usual passes has sums that jump over c and back.
-    blur = doubt + tolerances.eps * slope * height if tolerances.is_weighted else doubt
-    blur *= jnp.where(passes > USUAL_PASSES, 2, 0.5 if tolerances.is_weighted else 0)
-    near = (above >= -(tolerances.slack + blur)) | at_zero | late
-    if tolerances.is_weighted:
-        near |= trial[0] - state.left <= 8 * tolerances.eps * jnp.abs(trial[0])
+    blur = doubt + aim.eps * slope * height if aim.is_weighted else doubt
+    blur *= jnp.where(passes > USUAL_PASSES, 2, 0.5 if aim.is_weighted else 0)
+    near = (measured.most_excess >= -(aim.shortfall + blur)) | at_zero | late
+    if aim.is_weighted:
+        near |= trial[0] - state.left <= 8 * aim.eps * jnp.abs(trial[0])
     done = state.known.done | (feasible & near & outside) | inside | jnp.isnan(excess)
     return Verdict(feasible, outside, inside, near, done, blur)
 
 
-def newtons_gain(
-    measured: Measured, verdict: Verdict, passes: jax.Array, tolerances: Tolerances
-) -> jax.Array:
+def newtons_gain(measured: Measured, verdict: Verdict, passes: jax.Array, aim: Aim) -> jax.Array:
     """How far Newton's step goes: excess over slope, aimed a little right of the root.
 
     Where nothing survives there is no slope, and no step.
@@ -158,19 +157,18 @@ def newtons_gain(
         measured: The norm at the threshold tried.
         verdict: What it says.
         passes: How many thresholds were tried, this one included.
-        tolerances: How exact an answer has to be.
+        aim: What the answer has to meet.
     """
-    norm, excess, doubt, slope = measured
-    above, below = excess + doubt, excess - doubt
-    aim = jnp.minimum(doubt, 1.5 * tolerances.eps * tolerances.c) + verdict.blur / 4
+    most, least, slope = measured.most_excess, measured.least_excess, measured.slope
+    beyond = jnp.minimum(measured.doubt, 1.5 * aim.eps * aim.c) + verdict.blur / 4
     # Entries that tie round alike, so that a step may change nothing: try longer ones.
-    stretch = jnp.exp2(jnp.clip(passes - USUAL_PASSES, 0, 3).astype(norm.dtype))
+    stretch = jnp.exp2(jnp.clip(passes - USUAL_PASSES, 0, 3).astype(most.dtype))
     close = jnp.minimum(
-        (above + aim) * jnp.where(verdict.feasible, 1, stretch),
-        above + (tolerances.slack + verdict.blur) / 2,
+        (most + beyond) * jnp.where(verdict.feasible, 1, stretch),
+        most + (aim.shortfall + verdict.blur) / 2,
     )
-    far = below > _FAR * tolerances.c
-    goal = jnp.where(far, below * (1 - 4 * tolerances.eps), close)  # a quotient rounds, too
+    far = least > _FAR * aim.c
+    goal = jnp.where(far, least * (1 - 4 * aim.eps), close)  # a quotient rounds, too
     return jnp.where(slope > 0, goal, 0) / jnp.where(slope > 0, slope, 1)
 
 
@@ -184,14 +182,11 @@ def exponential_gain(measured: Measured, c: jax.Array) -> jax.Array:
     return jnp.where(survives, norm / slope * jnp.log(norm / c), 0)
 
 
-def left_bound(
-    measured: Measured, verdict: Verdict, state: State, tolerances: Tolerances
-) -> jax.Array:
+def left_bound(measured: Measured, verdict: Verdict, state: State, aim: Aim) -> jax.Array:
     """The largest threshold known to be left of the root: Newton's step, every term taken low."""
-    _, excess, doubt, slope = measured
-    trial = state.trial[0]
-    least = jnp.maximum(excess - doubt - tolerances.slack, 0)
+    trial, slope = state.trial[0], measured.slope
+    least = jnp.maximum(measured.least_excess - aim.shortfall, 0)
     left = trial + least / jnp.where(slope > 0, slope, 1)
-    left = left - jnp.abs(left) * (4 * tolerances.eps)
+    left = left - jnp.abs(left) * (4 * aim.eps)
     before = jnp.where(trial > state.left, state.left, 0)
     return jnp.where(verdict.feasible | ~(left > before), before, left)

@@ -41,6 +41,16 @@ class Measured(NamedTuple):
     doubt: Float[Array, "*columns"]
     slope: Float[Array, "*columns"]
 
+    @property
+    def most_excess(self) -> jax.Array:
+        """The largest excess that rounding allows."""
+        return self.excess + self.doubt
+
+    @property
+    def least_excess(self) -> jax.Array:
+        """The least excess that rounding allows."""
+        return self.excess - self.doubt
+
 
 def measure(columns: Columns, theta: Pair, axes: Axes, opaque_true: jax.Array) -> Measured:
     """The norm at a threshold; ``opaque_true`` as in :func:`in_stages`."""

@@ -8,7 +8,7 @@ measured, the measurement judged, the next threshold chosen.
 Every pass of Newton's method divides excess times slope by four or more, and their product starts
 below n^2 c. So in exact arithmetic log2(n) + 5 passes reach an excess of c / 1000, and with a
 metric as many more as its largest ratio has factors of four; real data takes 3 to 8. Rounding has
-no such theorem: past `USUAL_PASSES` the tolerance grows; past `Tolerances.newton_passes` any
+no such theorem: past `USUAL_PASSES` the tolerance grows; past `Aim.newton_passes` any
 feasible threshold will do, and steps double until there is one; after `_PASSES` the search ends,
 whatever happens.
 """
@@ -21,9 +21,9 @@ from jax import lax
 
 from l1inf_optax._projection.floats import Pair, choose, larger, moved
 from l1inf_optax._projection.judge import (
+    Aim,
     Known,
     State,
-    Tolerances,
     exponential_gain,
     judge,
     left_bound,
@@ -39,7 +39,7 @@ _STEEP = 32  # above this many times c the largest entry of a column is worth a 
 def search(
     measure: Callable[[Pair, jax.Array], Measured],
     leaving_c: Callable[[], Pair],
-    tolerances: Tolerances,
+    aim: Aim,
     start: jax.Array,
     known: Known,
 ) -> State:
@@ -49,7 +49,7 @@ def search(
         measure: Measures all columns at their thresholds; its second argument is true, in a way
             that the compiler cannot see.
         leaving_c: Returns the largest thresholds that leave some entry at c.
-        tolerances: How exact the thresholds have to be.
+        aim: How exact the thresholds have to be.
         start: Where the search starts, column by column.
         known: What is known of the columns.
 
@@ -57,7 +57,7 @@ def search(
         The last state. Where none but infinite entries survive, the threshold is the largest float
         and, as the second of the pair, their number.
     """
-    zero = jnp.zeros_like(tolerances.c)
+    zero = jnp.zeros_like(aim.c)
     largest = jnp.full_like(zero, jnp.finfo(zero.dtype).max)
 
     def unfinished(state: State) -> jax.Array:
@@ -66,27 +66,27 @@ def search(
     def step(state: State) -> State:
         passes = state.passes + 1
         measured = measure(state.trial, state.passes < _PASSES)
-        verdict = judge(measured, state, tolerances)
-        gain = newtons_gain(measured, verdict, passes, tolerances)
+        verdict = judge(measured, state, aim)
+        gain = newtons_gain(measured, verdict, passes, aim)
         # In the end steps double, until one is sure to be long enough.
-        doubling = jnp.exp2(jnp.maximum(passes - tolerances.newton_passes, 0).astype(gain.dtype))
+        doubling = jnp.exp2(jnp.maximum(passes - aim.newton_passes, 0).astype(gain.dtype))
         newton = moved(state.trial, jnp.where(measured.norm < jnp.inf, gain, 0) * doubling)
         newton = choose(measured.slope > 0, newton, (zero, zero))
 
-        is_far = (jnp.abs(measured.excess) > tolerances.c / 4) & ~state.known.crossed
-        halfway = moved(state.trial, (gain + exponential_gain(measured, tolerances.c)) / 2)
+        is_far = (jnp.abs(measured.excess) > aim.c / 4) & ~state.known.crossed
+        halfway = moved(state.trial, (gain + exponential_gain(measured, aim.c)) / 2)
         following = choose(is_far & (measured.slope > 0), larger(halfway, newton), newton)
 
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.
-        steep = (measured.norm > _STEEP * tolerances.c) & ~verdict.done & ~state.known.topped
+        steep = (measured.norm > _STEEP * aim.c) & ~verdict.done & ~state.known.topped
         at_least = lax.cond(jnp.any(steep), leaving_c, lambda: (zero, zero))
         following = choose(steep, larger(newton, at_least), following)
 
-        left = left_bound(measured, verdict, state, tolerances)
+        left = left_bound(measured, verdict, state, aim)
         following = larger(following, (left, zero))
         # Ask 0 itself before shrinking a column that may be inside.
-        late = passes > tolerances.newton_passes
+        late = passes > aim.newton_passes
         would_shrink = verdict.feasible & (verdict.near | ~(newton[0] + newton[1] > 0)) | late
         following = choose(~verdict.outside & would_shrink, (zero, zero), following)
         following = choose(passes == _PASSES, (largest, jnp.ones_like(zero)), following)

@@ -1,4 +1,4 @@
-"""The threshold of every column: columns and tolerances in, what the search has found out."""
+"""The threshold of every column: columns and aim in, what the search has found out."""
 
 import math
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from l1inf_optax._projection.arguments import LARGEST_WEIGHT, Axes
 from l1inf_optax._projection.columns import Columns, threshold_leaving_c
 from l1inf_optax._projection.floats import Pair, exponent_of, power_of_two
-from l1inf_optax._projection.judge import Known, Tolerances
+from l1inf_optax._projection.judge import Aim, Known
 from l1inf_optax._projection.measure import Measured, measure
 from l1inf_optax._projection.search import NEWTON_PASSES, search
 from l1inf_optax._projection.shrink import Found
@@ -29,7 +29,7 @@ def find_thresholds(columns: Columns, start: jax.Array, axes: Axes, method: str)
     state = search(
         measure=measured,
         leaving_c=lambda: threshold_leaving_c(columns, axes),
-        tolerances=_tolerances(columns),
+        aim=_aim(columns),
         start=start,
         known=Known(outside=no, inside=columns.free, done=columns.free, crossed=no, topped=no),
     )
@@ -59,13 +59,13 @@ def _largest_share(columns: Columns, theta: Pair) -> jax.Array:
     return jnp.where(only_infinite, columns.c / k * rounding, jnp.inf)
 
 
-def _tolerances(columns: Columns) -> Tolerances:
+def _aim(columns: Columns) -> Aim:
     eps = float(jnp.finfo(columns.c.dtype).eps)
     # With a metric Newton's method needs passes for every factor of the largest ratio of weights.
     more = 0 if columns.slope is None else round(math.log2(LARGEST_WEIGHT))
-    return Tolerances(
+    return Aim(
         c=columns.c,
-        slack=3 * eps * columns.c,
+        shortfall=3 * eps * columns.c,
         unseen=columns.unseen,
         eps=eps,
         is_weighted=columns.slope is not None,

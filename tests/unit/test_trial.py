@@ -10,7 +10,7 @@ import optax.contrib
 import pytest
 
 import l1inf_optax as l1inf
-from l1inf_optax import _metric
+from l1inf_optax import _optimizers
 
 KEY = jax.random.key(0)
 OF_VERSION = (0, 2, 8)
@@ -203,7 +203,7 @@ def test_a_transformation_of_optax_is_read_rightly_or_an_error_that_says_what_to
         tx = l1inf.constrain(make(getattr(module, name)), 1.0)
     if verdict in ("metric", "gradient"):
         state = tx.init(PARAMS).inner_state
-        assert _metric.is_euclidean(state) == (verdict == "gradient")
+        assert _optimizers.is_euclidean(state) == (verdict == "gradient")
     else:
         with pytest.raises(ValueError, match=f"metric='auto'.*{verdict}"):
             tx.init(PARAMS)
