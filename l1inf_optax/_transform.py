@@ -48,6 +48,7 @@ def keep_params_in_l1inf_ball(
     *,
     layers: Layers = None,
     method: str = "newton",
+    stickiness: float = 0.0,
     hold_zeros_from: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Modifies the updates so that every column stays in the L1 ball of radius ``c``.
@@ -81,6 +82,12 @@ def keep_params_in_l1inf_ball(
             :class:`LayerDimensionNumbers`: a mapping from globs over the leaves' paths, a pytree,
             or a function from the parameters to either.
         method: As in :func:`projection_l1inf_ball`.
+        stickiness: In a column on its sphere a zero stays zero unless it would be a survivor in a
+            ball smaller by this share, too: unless the step lifts it above ``stickiness c / k``,
+            that share of the mean of the k survivors. Minibatch noise does not, and neither do
+            steps of a learning rate that goes to zero, which leave every entry a little off zero
+            otherwise. 0.01 makes most of a network zeros at the same error. Columns that are
+            inside by no more than this share count as on the sphere. 0 for none.
         hold_zeros_from: ``None``, or the number of updates after which parameters of constrained
             layers that are exactly zero stay zero. Minibatch noise lifts entries off zero faster
             than a decaying step size puts them back. While c shrinks, every column stays on its
@@ -94,10 +101,11 @@ def keep_params_in_l1inf_ball(
         `optax.apply_if_finite`, want them cast before: ``optax.tree.cast_like(grads, params)``.
 
     Raises:
-        ValueError: ``c`` is not positive, ``method`` unknown, or ``hold_zeros_from`` no whole
-            number or negative; and, from ``init`` and ``update``, a pattern matches nothing, there
-            is no layer to constrain, the axes of one cannot be told, its parameters are integers,
-            ``params`` are missing or empty, or ``state`` belongs to something else.
+        ValueError: ``c`` is not positive, ``method`` unknown, ``stickiness`` not from 0 to below 1,
+            or ``hold_zeros_from`` no whole number or negative; and, from ``init`` and ``update``, a
+            pattern matches nothing, there is no layer to constrain, the axes of one cannot be told,
+            its parameters are integers, ``params`` are missing or empty, or ``state`` belongs to
+            something else.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -115,7 +123,7 @@ def keep_params_in_l1inf_ball(
     """
     check_method(method)
     project = functools.partial(project_all, method=method)
-    return _keep_params_in_ball(project, c, layers, hold_zeros_from)
+    return _keep_params_in_ball(project, c, layers, hold_zeros_from, stickiness)
 
 
 class ConstrainState(NamedTuple):
@@ -136,6 +144,7 @@ def constrain(
     *,
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
+    stickiness: float = 0.0,
     hold_zeros_from: int | None = None,
     neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -179,6 +188,8 @@ def constrain(
             step, and the parameters, to a pytree of weights d like the parameters, positive. Only
             ratios within a column matter, from 2^-60 to 1 within a layer.
         layers: As in :func:`keep_params_in_l1inf_ball`.
+        stickiness: As in :func:`keep_params_in_l1inf_ball`; the entries that the optimizer moves
+            faster have to rise higher.
         hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
         neutral: Types of states that ``"auto"`` may pass over: those of links of your own that
             scale whole updates, or only look on. What they do is tried all the same.
@@ -212,7 +223,9 @@ def constrain(
         )
     _check_optimizer(optimizer)
     inner = optax.with_extra_args_support(optimizer)
-    ball = keep_params_in_l1inf_ball(c, layers=layers, hold_zeros_from=hold_zeros_from)
+    ball = keep_params_in_l1inf_ball(
+        c, layers=layers, stickiness=stickiness, hold_zeros_from=hold_zeros_from
+    )
 
     def init_fn(params: Any) -> ConstrainState:
         state = inner.init(params)
@@ -249,7 +262,15 @@ def constrain(
                 [layer for layer, _ in chosen],
             )
         steps, ball_state = _into_ball(
-            project_all, c, layers, hold_zeros_from, steps, state.ball, params, slopes
+            project_all,
+            c,
+            layers,
+            hold_zeros_from,
+            stickiness,
+            steps,
+            state.ball,
+            params,
+            slopes,
         )
         return steps, ConstrainState(inner_state, ball_state)
 
@@ -298,11 +319,12 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
 
 
 def _keep_params_in_ball(
-    project: Projection, c: Radii, layers: Layers, hold_zeros_from: int | None
+    project: Projection, c: Radii, layers: Layers, hold_zeros_from: int | None, stickiness: float
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
     _check_hold(hold_zeros_from)
+    _check_stickiness(stickiness)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
         step = jnp.zeros([], jnp.int32)
@@ -322,7 +344,7 @@ def _keep_params_in_ball(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
     ) -> tuple[Any, KeepParamsInL1InfBallState]:
         _check_params(params)
-        return _into_ball(project, c, layers, hold_zeros_from, updates, state, params)
+        return _into_ball(project, c, layers, hold_zeros_from, stickiness, updates, state, params)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -376,6 +398,14 @@ def _check_hold(hold_zeros_from: Any) -> None:
         raise ValueError(
             f"hold_zeros_from={brief(number)} is negative: give the number of updates after which "
             "zeros stay, or None"
+        )
+
+
+def _check_stickiness(stickiness: Any) -> None:
+    if not isinstance(stickiness, int | float) or not 0 <= stickiness < 1:
+        raise ValueError(
+            f"stickiness={brief(stickiness)} is no number from 0 to below 1: give the share of a "
+            "survivor's mean below which a zero stays zero, such as 0.01, or 0 for none"
         )
 
 
@@ -451,6 +481,7 @@ def _into_ball(
     c: Radii,
     layers: Layers,
     hold_zeros_from: int | None,
+    stickiness: float,
     updates: Any,
     state: KeepParamsInL1InfBallState,
     params: Any,
@@ -486,6 +517,7 @@ def _into_ball(
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
+            near=_near(stickiness, layer.columns(params_leaves)),
         )
         for layer, radius in chosen
     ]
@@ -494,11 +526,48 @@ def _into_ball(
         chosen, requests, project(_all_stepped, requests), strict=True
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
-        layer.put(tuple(map(land, *request.operands, projected.parts)), leaves)
+        landing = tuple(map(land, *request.operands, projected.parts))
+        if stickiness:
+            landing = _with_zeros_that_stick(landing, request, projected, stickiness)
+        layer.put(landing, leaves)
         thresholds[layer.kernels[0]] = projected.threshold
     step = optax.safe_increment(state.step)
     ball = KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
     return jax.tree.unflatten(structure, leaves), ball
+
+
+def _near(stickiness: float, parts: Arrays) -> float:
+    """By how much of c a column may be inside and still count as on its sphere.
+
+    By what sticking may have taken from it, and by rounding, towards zero in its own format.
+    """
+    eps = max(float(jnp.finfo(part.dtype).eps) for part in parts)
+    return max(stickiness, 4 * eps, 1e-5) if stickiness else 0.0
+
+
+def _with_zeros_that_stick(
+    landing: Arrays, request: Request, projected: Projected, stickiness: float
+) -> Arrays:
+    """The updates, but for zeros that they would lift by next to nothing.
+
+    In a column on its sphere a zero stays zero unless it would be a survivor in a ball smaller by
+    this share, too. A threshold higher by x takes x times the slope of the norm off it, so that
+    ball's is higher by ``stickiness c / slope``: that times its own slope an entry has to reach.
+    """
+    columns = projected.slope.shape
+    c = jnp.broadcast_to(
+        request.c, tuple(n for i, n in enumerate(columns) if i not in request.axes)
+    )
+    rise = stickiness * jnp.expand_dims(c, request.axes).astype(projected.slope.dtype)
+    rise /= jnp.where(projected.slope > 0, projected.slope, 1)
+    rise = jnp.where(projected.on_sphere, rise, 0)
+    slopes = request.slope or (None,) * len(landing)
+
+    def stick(update: jax.Array, p: jax.Array, w: jax.Array, slope: jax.Array | None) -> jax.Array:
+        least = rise if slope is None else rise * slope
+        return jnp.where((p == 0) & (jnp.abs(w.astype(least.dtype)) <= least), 0, update)
+
+    return tuple(map(stick, landing, request.operands[0], projected.parts, slopes))
 
 
 def _at_most_one(slopes: Arrays, axes: Axes) -> Arrays:

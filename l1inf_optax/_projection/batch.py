@@ -49,12 +49,14 @@ class Kind(NamedTuple):
         axes: The axes a column runs along.
         method: ``"newton"`` or ``"sort"``.
         is_ordinary: Whether the radius needs no scale of its own.
+        near: By how much of c a column may be inside and still count as on its sphere.
     """
 
     make: Callable[..., Arrays]
     axes: Axes
     method: str
     is_ordinary: bool
+    near: float
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -85,7 +87,7 @@ def _solve_one(problem: Problem, kind: Kind) -> Projected:
     columns = columns_of(
         parts, problem.c, problem.slope, kind.axes, is_ordinary=kind.is_ordinary, rows=Rows()
     )
-    found = find_thresholds(columns, problem.start, kind.axes, kind.method)
+    found = find_thresholds(columns, problem.start, kind.axes, kind.method, kind.near)
     return shrink(parts, columns.slope, found)
 
 
@@ -110,7 +112,7 @@ def _solve_in_turn(
                 x if own else jnp.where(mine, x, 0) for x, own in zip(parts, is_split, strict=True)
             )
         columns = columns_of(parts, c, slope, kind.axes, is_ordinary=kind.is_ordinary, rows=rows)
-        return find_thresholds(columns, start, kind.axes, kind.method)
+        return find_thresholds(columns, start, kind.axes, kind.method, kind.near)
 
     # The entries are made again: only one layer's need memory in the loop.
     return [

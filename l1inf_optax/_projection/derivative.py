@@ -32,6 +32,8 @@ def _project_jvp(kind: Kind, primals: Any, tangents: Any) -> tuple[tuple[Project
         nothing: tuple[Any, ...] = (
             jnp.zeros_like(solution.threshold),
             np.zeros(solution.inside.shape, jax.dtypes.float0),
+            jnp.zeros_like(solution.slope),
+            np.zeros(solution.on_sphere.shape, jax.dtypes.float0),
             np.zeros(solution.passes.shape, jax.dtypes.float0),
         )
         dsolutions.append(Projected(dresults, *nothing))
@@ -54,7 +56,7 @@ def _tangents(
     ``d|w| = e - g dtheta``.
     """
     dtype = wide_dtype(*(part.dtype for part in parts))
-    results, _, inside, _ = solution
+    results, inside = solution.parts, solution.inside
     support = tuple(w != 0 for w in results)
     signs = tuple(jnp.sign(v).astype(dtype) for v in parts)
     free = tuple(s * dv.astype(dtype) for s, dv in zip(signs, dparts, strict=True))

@@ -31,6 +31,7 @@ class Aim(NamedTuple):
     Attributes:
         c: The radius.
         shortfall: How far below c a result may end: a few units in the last place.
+        near: How far below c a column that is inside still counts as on its sphere.
         unseen: What subnormal entries, which processors read as 0, may add to a norm.
         eps: Rounding of the search itself.
         is_weighted: Whether survivors shrink at slopes of their own.
@@ -39,6 +40,7 @@ class Aim(NamedTuple):
 
     c: Float[Array, "*columns"]
     shortfall: Float[Array, "*columns"]
+    near: Float[Array, "*columns"]
     unseen: Float[Array, "*columns"]
     eps: float
     is_weighted: bool
@@ -52,6 +54,7 @@ class Known(NamedTuple):
         outside: It counts as outside its ball.
         inside: It counts as inside: it is left as it is.
         done: It has its answer.
+        on_sphere: It is done, and its norm is c or little less.
         crossed: A threshold was right of the root.
         topped: Its largest entry was read.
     """
@@ -59,6 +62,7 @@ class Known(NamedTuple):
     outside: Bool[Array, "*columns"]
     inside: Bool[Array, "*columns"]
     done: Bool[Array, "*columns"]
+    on_sphere: Bool[Array, "*columns"]
     crossed: Bool[Array, "*columns"]
     topped: Bool[Array, "*columns"]
 
@@ -66,7 +70,7 @@ class Known(NamedTuple):
     def bits(self) -> jax.Array:
         """All of it in one integer: a loop writes every array of its state by a kernel of its own.
 
-        So it costs a kernel, not five.
+        So it costs a kernel, not six.
         """
         bits = (jnp.where(fact, 1 << i, 0) for i, fact in enumerate(self))
         return functools.reduce(jnp.bitwise_or, bits)
@@ -78,12 +82,14 @@ class State(NamedTuple):
     Attributes:
         trial: The threshold to try next; where done, the answer.
         left: The largest known to be left of the root, but for rounding.
+        slope: How fast the norm falls as the last threshold rises.
         bits: What is known of the columns, as `Known` packs it.
         passes: How many thresholds were tried.
     """
 
     trial: Pair
     left: Float[Array, "*columns"]
+    slope: Float[Array, "*columns"]
     bits: Int[Array, "*columns"]
     passes: Int[Array, ""]
 

@@ -38,6 +38,7 @@ class Request(NamedTuple):
         start: ``None`` or a guess of the thresholds.
         slope: ``None`` or how fast each entry shrinks as the threshold rises, in the shapes of the
             parts, from 2^-60 to 1: the reciprocals of a metric's weights.
+        near: By how much of c a column may be inside and still count as on its sphere.
     """
 
     operands: Any
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     axes: Axes
     start: Float[Array, "*columns"] | None
     slope: Arrays | None = None
+    near: float = 0.0
 
 
 def project_columns(
@@ -125,7 +127,7 @@ def project_all(
 
 
 def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tuple[Problem, Kind]:
-    operands, c, axes, start, slope = request
+    operands, c, axes, start, slope, near = request
     parts = jax.eval_shape(make, *operands)
     for part in parts:
         check_floating(part.dtype, "the array")
@@ -135,7 +137,7 @@ def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tup
     else:
         guess = jnp.expand_dims(start.astype(by_column.dtype), axes)
     is_ordinary = is_ordinary_radius(c, is_weighted=slope is not None)
-    return Problem(operands, slope, guess, by_column), Kind(make, axes, method, is_ordinary)
+    return Problem(operands, slope, guess, by_column), Kind(make, axes, method, is_ordinary, near)
 
 
 def _by_column(c: ArrayLike, parts: Any, axes: Axes) -> jax.Array:

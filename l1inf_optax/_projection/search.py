@@ -99,11 +99,13 @@ def search(
             outside=state.known.outside | verdict.outside,
             inside=state.known.inside | verdict.inside,
             done=state.known.done | verdict.done | only_infinite,
+            on_sphere=state.known.on_sphere | (measured.excess >= -aim.near),
             crossed=state.known.crossed | verdict.feasible,
             topped=state.known.topped | steep,
         )
-        return State(following, left, known.bits, passes)
+        slope = jnp.where(state.known.done, state.slope, measured.slope)
+        return State(following, left, slope, known.bits, passes)
 
     start = jnp.where((start > 0) & (start < jnp.inf), start, 0)
-    state = State((start, zero), zero, known.bits, jnp.int32(0))
+    state = State((start, zero), zero, zero, known.bits, jnp.int32(0))
     return lax.while_loop(unfinished, step, state)

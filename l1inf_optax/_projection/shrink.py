@@ -25,12 +25,18 @@ class Projected(NamedTuple):
         threshold: The thresholds, zero where a column was inside its ball; of the shape of the
             columns. The next projection of similar columns may start from them.
         inside: Which columns were inside; like the threshold, but ``axes`` are kept.
+        slope: How fast the norm falls as the threshold rises: the number of survivors, or with a
+            metric the sum of their slopes; ``axes`` are kept.
+        on_sphere: Which columns have a norm of c, or as little less as was asked for; ``axes`` are
+            kept.
         passes: int32 scalar, how many times the entries were read to find the thresholds.
     """
 
     parts: Arrays
     threshold: Float[Array, "*columns"]
     inside: Bool[Array, "*columns"]
+    slope: Float[Array, "*columns"]
+    on_sphere: Bool[Array, "*columns"]
     passes: Int[Array, ""]
 
 
@@ -43,6 +49,8 @@ class Found(NamedTuple):
         largest_share: The largest value an entry may keep on its scale.
         scale: The power of two that magnitudes are multiplied by, as in `Columns`.
         threshold: The threshold of the parts themselves.
+        slope: As in `Projected`.
+        on_sphere: As in `Projected`.
         passes: How many thresholds were tried.
     """
 
@@ -51,6 +59,8 @@ class Found(NamedTuple):
     largest_share: Float[Array, "*columns"]
     scale: Float[Array, "*columns"] | None
     threshold: Float[Array, "*columns"]
+    slope: Float[Array, "*columns"]
+    on_sphere: Bool[Array, "*columns"]
     passes: Int[Array, ""]
 
 
@@ -58,7 +68,9 @@ def shrink(parts: Arrays, slope: Arrays | None, found: Found) -> Projected:
     """The parts, projected."""
     slopes = (None,) * len(parts) if slope is None else slope
     results = tuple(_shrunk(x, g, found) for x, g in zip(parts, slopes, strict=True))
-    return Projected(results, found.threshold, found.inside, found.passes)
+    return Projected(
+        results, found.threshold, found.inside, found.slope, found.on_sphere, found.passes
+    )
 
 
 def _shrunk(part: jax.Array, slope: jax.Array | None, found: Found) -> jax.Array:

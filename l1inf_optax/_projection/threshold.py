@@ -15,7 +15,9 @@ from l1inf_optax._projection.shrink import Found
 from l1inf_optax._projection.sort import sorted_thresholds
 
 
-def find_thresholds(columns: Columns, start: jax.Array, axes: Axes, method: str) -> Found:
+def find_thresholds(
+    columns: Columns, start: jax.Array, axes: Axes, method: str, near: float
+) -> Found:
     """Searches from ``start``, or sorts first and searches from there: rounding is left to it."""
     if columns.scale is not None:
         start = start * columns.scale
@@ -29,9 +31,16 @@ def find_thresholds(columns: Columns, start: jax.Array, axes: Axes, method: str)
     state = search(
         measure=measured,
         leaving_c=lambda: threshold_leaving_c(columns, axes),
-        aim=_aim(columns),
+        aim=_aim(columns, near),
         start=start,
-        known=Known(outside=no, inside=columns.free, done=columns.free, crossed=no, topped=no),
+        known=Known(
+            outside=no,
+            inside=columns.free,
+            done=columns.free,
+            on_sphere=no,
+            crossed=no,
+            topped=no,
+        ),
     )
     theta, inside = state.trial, state.known.inside
     threshold = theta[0] + theta[1]
@@ -43,6 +52,8 @@ def find_thresholds(columns: Columns, start: jax.Array, axes: Axes, method: str)
         largest_share=_largest_share(columns, theta),
         scale=columns.scale,
         threshold=jnp.where(inside, 0, threshold),
+        slope=state.slope,
+        on_sphere=state.known.on_sphere,
         passes=state.passes,
     )
 
@@ -59,13 +70,14 @@ def _largest_share(columns: Columns, theta: Pair) -> jax.Array:
     return jnp.where(only_infinite, columns.c / k * rounding, jnp.inf)
 
 
-def _aim(columns: Columns) -> Aim:
+def _aim(columns: Columns, near: float) -> Aim:
     eps = float(jnp.finfo(columns.c.dtype).eps)
     # With a metric Newton's method needs passes for every factor of the largest ratio of weights.
     more = 0 if columns.slope is None else round(math.log2(LARGEST_WEIGHT))
     return Aim(
         c=columns.c,
         shortfall=3 * eps * columns.c,
+        near=near * columns.c,
         unseen=columns.unseen,
         eps=eps,
         is_weighted=columns.slope is not None,

@@ -10,7 +10,7 @@ from l1inf_optax._projection.search import NEWTON_PASSES
 EPS = 2.0**-23
 COLUMN = np.array([5.0, 3.0, 2.0, 1.0, 0.5])
 NO = jnp.asarray(False)
-UNKNOWN = Known(NO, NO, NO, NO, NO)
+UNKNOWN = Known(NO, NO, NO, NO, NO, NO)
 
 
 def an_aim(c=1.0, unseen=0.0):
@@ -18,6 +18,7 @@ def an_aim(c=1.0, unseen=0.0):
     return Aim(
         c=c,
         shortfall=3 * EPS * c,
+        near=0.125 * c,
         unseen=jnp.float32(unseen),
         eps=EPS,
         is_weighted=False,
@@ -33,7 +34,8 @@ def measured(theta, c=1.0, doubt=0.0):
 
 def at(theta, known=UNKNOWN, left=0.0, passes=0):
     theta = jnp.float32(theta)
-    return State((theta, jnp.float32(0)), jnp.float32(left), known.bits, jnp.int32(passes))
+    zero = jnp.float32(0)
+    return State((theta, zero), jnp.float32(left), zero, known.bits, jnp.int32(passes))
 
 
 def judged(theta, c=1.0, doubt=0.0, state=None, unseen=0.0):

@@ -706,6 +706,99 @@ def test_empty_parameters_are_an_error(empty):
             call(empty)
 
 
+# --- zeros that stick -----------------------------------------------------------------------------
+
+
+def stuck(p, u, c, d, share):
+    """In float64: the projection, but for zeros that would not survive in a smaller ball.
+
+    ``d`` is the metric, columns are along axis 0; nothing here is shared with the library.
+    """
+    v = np.asarray(p, np.float64) + np.asarray(u, np.float64)
+    kept, norm = oracle.project_many(v, c, d)[0], np.abs(v).sum(0)
+    kept = np.asarray(kept, np.float64) * np.sign(v)
+    slopes = np.where(kept != 0, 1 / d, 0).sum(0)
+    rise = share * c / np.maximum(slopes, 1e-30) / d
+    lifted = (np.asarray(p) == 0) & (kept != 0)
+    sticks = lifted & (np.abs(kept) <= rise) & (norm >= (1 - share) * c)
+    # Where rounding decides either is right.
+    sure = np.abs(np.abs(kept) - rise) > 1e-5 * rise
+    return np.where(sticks, 0, kept), sure
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize("share", [1e-4, 0.01, 0.2])
+def test_a_zero_sticks_unless_a_smaller_ball_would_let_it_go(share, metric):
+    rng = np.random.default_rng(0)
+    p = rng.normal(size=(40, 60)) * (rng.random((40, 60)) < 0.3)
+    p *= 0.5 * rng.uniform(0.9, 1, 60) / np.abs(p).sum(0)  # inside by up to a tenth
+    u = rng.normal(size=p.shape) * 10 ** rng.uniform(-6, -2, size=p.shape)
+    d = np.exp(rng.normal(size=p.shape)) if metric else np.ones_like(p)
+    p, u, d = (x.astype(np.float32) for x in (p, u, d))
+    tx = l1inf.constrain(
+        optax.identity(),
+        0.5,
+        metric=lambda state, params: {"augmented_kernel": jnp.asarray(d)},
+        stickiness=share,
+    )
+    params = {"augmented_kernel": jnp.asarray(p)}
+    updates, _ = tx.update({"augmented_kernel": jnp.asarray(u)}, tx.init(params), params)
+    w = np.asarray(optax.apply_updates(params, updates)["augmented_kernel"])
+    expected, sure = stuck(p, u, 0.5, d.astype(np.float64), share)
+    np.testing.assert_array_equal((w == 0)[sure], (expected == 0)[sure])
+    np.testing.assert_allclose(w[sure], expected[sure], atol=1e-6)
+    assert (norms(w) <= 0.5).all()
+    was_zero = (p == 0).sum()
+    assert 0 < ((p == 0) & (w == 0)).sum() < was_zero
+
+
+STICKY = {
+    "momentum": lambda rate, **how: optax.chain(optax.sgd(rate, momentum=0.9), KEEP(3.0, **how)),
+    "adam": lambda rate, **how: l1inf.constrain(optax.adam(rate), 3.0, **how),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", STICKY)
+def test_zeros_outlast_a_learning_rate_that_goes_to_zero(name, dtype):
+    """Least squares, of which a constant rate keeps few entries, and one that ends at 0 all."""
+    data = np.random.default_rng(0).normal(size=(60, 100))
+
+    def nonzero(stickiness, end, dtype):
+        x = jnp.asarray(data, DTYPES[dtype])
+        y = x[:, :5].sum(1, keepdims=True)
+        rate = optax.linear_schedule(0.02, end, 600)
+        layers = {"w": l1inf.LayerDimensionNumbers(0, 1)}
+        tx = STICKY[name](rate, layers=layers, stickiness=stickiness)
+        params = {"w": jnp.zeros((100, 1), DTYPES[dtype])}
+
+        @jax.jit
+        def run(params):
+            def step(carry, _):
+                params, state = carry
+                gradient = {"w": x.T @ (x @ params["w"] - y) / 60}
+                updates, state = tx.update(gradient, state, params)
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), None, 800)[0][0]
+
+        return int((run(params)["w"] != 0).sum())
+
+    if dtype == "float32":
+        few = nonzero(0.0, 2e-4, dtype)
+        assert nonzero(0.01, 0.0, dtype) <= few + 2 <= 20
+    else:  # in which the gradient itself is noise
+        assert 80 <= nonzero(0.0, 0.0, dtype)
+        assert nonzero(0.01, 0.0, dtype) <= 60
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, np.nan, "0.1", None])
+def test_stickiness_is_a_share(share):
+    for make in (KEEP, functools.partial(l1inf.constrain, optax.adam(1e-3))):
+        with pytest.raises(ValueError, match=r"stickiness=.*give the share"):
+            make(1.0, stickiness=share)
+
+
 # --- another ball ---------------------------------------------------------------------------------
 
 
@@ -722,6 +815,8 @@ def onto_l2_balls(make, requests):
             parts=tuple(jnp.where(inside, x, x * shorter) for x in parts),
             threshold=jnp.zeros_like(jnp.squeeze(norm, request.axes)),
             inside=inside,
+            slope=jnp.ones_like(norm),
+            on_sphere=~inside,
             passes=jnp.int32(1),
         )
 
@@ -732,7 +827,7 @@ def test_another_ball_takes_one_function():
     rng = np.random.default_rng(0)
     params = dense(rng)
     tx = optax.chain(
-        optax.sgd(0.1, momentum=0.9), _keep_params_in_ball(onto_l2_balls, 0.5, None, None)
+        optax.sgd(0.1, momentum=0.9), _keep_params_in_ball(onto_l2_balls, 0.5, None, None, 0.0)
     )
     state = tx.init(params)
     for _ in range(10):
