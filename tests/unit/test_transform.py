@@ -788,7 +788,7 @@ def test_zeros_outlast_a_learning_rate_that_goes_to_zero(name, dtype):
         few = nonzero(0.0, 2e-4, dtype)
         assert nonzero(0.01, 0.0, dtype) <= few + 2 <= 20
     else:  # in which the gradient itself is noise
-        assert 80 <= nonzero(0.0, 0.0, dtype)
+        assert nonzero(0.0, 0.0, dtype) >= 80
         assert nonzero(0.01, 0.0, dtype) <= 60
 
 
