@@ -34,8 +34,8 @@ def pytest_cmdline_main(config):
     """Takes all cores, unless a file, a test or a word of names was asked for."""
     paths = (config.invocation_params.dir / name.split("::")[0] for name in config.args)
     named = config.option.keyword or any(path.is_file() for path in paths)
-    if config.option.numprocesses is None and not named and not hasattr(config, "workerinput"):
-        config.option.numprocesses = "auto"
+    if config.option.numprocesses is None and not hasattr(config, "workerinput"):
+        config.option.numprocesses = 0 if named else "auto"
 
 
 def pytest_ignore_collect(collection_path, config):

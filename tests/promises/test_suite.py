@@ -40,9 +40,9 @@ def test_another_process_collects_the_same_tests_in_the_same_order(request, tmp_
     [
         (["tests", "l1inf_optax"], "", "auto"),
         (["tests/unit"], "", "auto"),
-        (["tests/promises/test_suite.py"], "", None),
-        (["tests/unit", "tests/promises/test_suite.py::test_x[a::b]"], "", None),
-        (["tests"], "suite", None),
+        (["tests/promises/test_suite.py"], "", 0),
+        (["tests/unit", "tests/promises/test_suite.py::test_x[a::b]"], "", 0),
+        (["tests"], "suite", 0),
     ],
 )
 def test_what_is_named_runs_in_one_process(request, arguments, keyword, processes):
