@@ -109,6 +109,7 @@ def test_no_file_imports_a_test():
     for path in TESTS.rglob("*.py"):
         tests = [name for name in imports(path) if re.match(r"tests\..*\b(test_|conftest)", name)]
         assert tests == [], path
+        assert not re.search(r"from tests\S*\btest_", path.read_text()), "nor a program, as text"
 
 
 def test_neither_pages_nor_the_package_import_tests():

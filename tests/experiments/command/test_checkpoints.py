@@ -1,6 +1,5 @@
 """A training that is stopped goes on from its checkpoints as if it had never stopped."""
 
-import os
 import pickle
 import random
 import shutil
@@ -9,50 +8,33 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 
-import l1inf_optax as l1inf
-from l1inf_optax._lanes import Lane, Progress, Snapshot, Task, train
+from l1inf_optax._lanes import Progress, Snapshot, train
 from l1inf_optax.experiments.command.checkpoints import open_checkpoints
 from l1inf_optax.experiments.command.options import OptionError
 from tests.support import children, devices
+from tests.support.checkpointed import (
+    LANES,
+    OPTIONS,
+    RUN,
+    TASK,
+    X,
+    Y,
+    assert_saved,
+    kill_and_compare,
+    listing,
+    process,
+    run,
+    run_with,
+)
 
 # Orbax forgets the other reads when one fails. They complain when they end: in some later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-RUN = {"name": "test", "c": [0.5, float("inf")]}
-D = 6
-X = np.random.default_rng(0).normal(size=(20, D)).astype(np.float32)
-Y = (X @ np.arange(D)).astype(np.float32)
-# A schedule of the step size, thresholds and a radius that shrinks: all of it has to come back.
-TASK = Task(
-    init=lambda key, c: {"hidden": {"kernel": jax.random.normal(key, (D, 4))}, "out": jnp.ones(4)},
-    apply=lambda params, x: jax.nn.relu(x @ params["hidden"]["kernel"]) @ params["out"],
-    loss=lambda outputs, y: (outputs - y) ** 2,
-    optimizer=lambda c: l1inf.constrain(
-        optax.adam(optax.cosine_decay_schedule(0.05, 30)),
-        lambda step: c * 4 ** (1 - jnp.minimum(step / 20, 1.0)),
-    ),
-)
-LANES = [Lane(0, 0.5), Lane(0, np.inf), Lane(1, 0.5)]
-OPTIONS = {"epochs": 6, "batch_size": 4, "seed": 3, "steps_per_call": 5}
-
-
-def run(**more):
-    return train(TASK, LANES, (X[None], Y[None]), **OPTIONS, **more)
-
-
-def run_with(folder, watch=None, **more):
-    """A run that keeps its state; what it ends with."""
-    with open_checkpoints(folder, RUN, **more) as (resume, keep):
-        return run(resume=resume, keep=keep, watch=watch)
 
 
 class Stopped(Exception):
@@ -216,27 +198,6 @@ def test_a_snapshot_of_other_lanes_is_an_error():
         train(TASK, LANES[:2], (X[None], Y[None]), **OPTIONS, resume=snapshots[0])
 
 
-def process(folder, out, n=1):
-    """The run, in a process of its own, as a context."""
-    program = (
-        "import sys, pathlib, jax, numpy as np\n"
-        "from tests.experiments.command.test_checkpoints import run_with\n"
-        "got = run_with(pathlib.Path(sys.argv[1]))\n"
-        "leaves = jax.tree.leaves((got.params, got.history))\n"
-        "np.savez(sys.argv[2], *map(np.asarray, leaves))\n"
-    )
-    command = [sys.executable, "-c", program, folder, out]
-    return children.started(command, env=devices.environment(n))
-
-
-def assert_saved(out, expected, **tolerance):
-    saved = np.load(out)
-    leaves = jax.tree.leaves((expected.params, expected.history))
-    assert len(saved.files) == len(leaves)
-    for name, leaf in zip(saved.files, leaves, strict=True):
-        np.testing.assert_allclose(saved[name], leaf, **{"rtol": 0, "atol": 0, **tolerance})
-
-
 def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
     stop_after(tmp_path / "checkpoints", 3)
     with process(tmp_path / "checkpoints", tmp_path / "out.npz", n=2) as running:
@@ -248,32 +209,6 @@ def test_a_run_goes_on_on_another_number_of_devices(uninterrupted, tmp_path):
 
 def test_killing_a_run_at_any_time_changes_nothing(uninterrupted, tmp_path):
     kill_and_compare(uninterrupted, tmp_path, kills=2)
-
-
-def kill_and_compare(uninterrupted, folder, kills):
-    """A run that is killed so many times, soon after it has begun to write; then it may end.
-
-    If it ends before that, another one starts.
-    """
-    rng, out, checkpoints = random.Random(0), folder / "out.npz", folder / "checkpoints"
-    killed = 0
-    while True:
-        before = listing(checkpoints)
-        with process(checkpoints, out) as running:
-            while killed < kills and running.poll() is None:
-                time.sleep(0.01)
-                if listing(checkpoints) != before:
-                    time.sleep(rng.uniform(0, 0.3))
-                    running.send_signal(signal.SIGKILL)
-                    killed += running.wait() == -signal.SIGKILL
-            running.wait()
-        if running.returncode == -signal.SIGKILL:
-            continue
-        assert running.returncode == 0
-        assert_saved(out, uninterrupted)
-        if killed == kills:
-            return
-        shutil.rmtree(checkpoints)
 
 
 @contextmanager
@@ -343,7 +278,7 @@ def command(folder, last):
         "import pathlib, runpy, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from l1inf_optax.experiments.paper import mnist\n"
-        "from tests.experiments.command.test_checkpoints import run_with\n"
+        "from tests.support.checkpointed import run_with\n"
         "last = int(sys.argv.pop())\n"
         "def watch(progress):\n"
         "    time.sleep(600 if progress.step == last else 0.1)\n"
@@ -375,16 +310,3 @@ def test_an_interrupted_command_says_where_it_goes_on(uninterrupted, tmp_path):
         assert "Traceback" not in said
     assert steps == sorted(set(steps)), "both runs came further"
     assert_same(run_with(tmp_path), uninterrupted)
-
-
-def listing(folder):
-    return sorted(os.listdir(folder)) if folder.exists() else []
-
-
-if __name__ == "__main__":
-    import tempfile
-
-    kills = int(sys.argv[1])
-    with tempfile.TemporaryDirectory() as folder:
-        kill_and_compare(run(), Path(folder), kills)
-    print(f"killed {kills} times: every run ended with the bits of the uninterrupted one")
