@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l1inf_optax import _layers, _metric, _trial
@@ -48,7 +49,7 @@ def keep_params_in_l1inf_ball(
     *,
     layers: Layers = None,
     method: str = "newton",
-    stickiness: float = 0.0,
+    stickiness: float | jax.Array = 0.0,
     hold_zeros_from: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Modifies the updates so that every column stays in the L1 ball of radius ``c``.
@@ -144,7 +145,7 @@ def constrain(
     *,
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
-    stickiness: float = 0.0,
+    stickiness: float | jax.Array = 0.0,
     hold_zeros_from: int | None = None,
     neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -319,7 +320,11 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
 
 
 def _keep_params_in_ball(
-    project: Projection, c: Radii, layers: Layers, hold_zeros_from: int | None, stickiness: float
+    project: Projection,
+    c: Radii,
+    layers: Layers,
+    hold_zeros_from: int | None,
+    stickiness: float | jax.Array,
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
@@ -402,7 +407,10 @@ def _check_hold(hold_zeros_from: Any) -> None:
 
 
 def _check_stickiness(stickiness: Any) -> None:
-    if not isinstance(stickiness, int | float) or not 0 <= stickiness < 1:
+    is_known = not isinstance(stickiness, jax.core.Tracer)
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    is_number = isinstance(stickiness, kinds) and jnp.ndim(stickiness) == 0
+    if not is_number or (is_known and not 0 <= stickiness < 1):
         raise ValueError(
             f"stickiness={brief(stickiness)} is no number from 0 to below 1: give the share of a "
             "survivor's mean below which a zero stays zero, such as 0.01, or 0 for none"
@@ -481,7 +489,7 @@ def _into_ball(
     c: Radii,
     layers: Layers,
     hold_zeros_from: int | None,
-    stickiness: float,
+    stickiness: float | jax.Array,
     updates: Any,
     state: KeepParamsInL1InfBallState,
     params: Any,
@@ -500,6 +508,7 @@ def _into_ball(
     chosen = _layers.constrained_layers(params, c, layers)
     _check_thresholds(state.thresholds, [layer for layer, _ in chosen])
     starts = dict(_layers.named_leaves(state.thresholds))
+    sticks = isinstance(stickiness, jax.Array) or stickiness > 0
 
     def operands(layer: Layer) -> tuple[Arrays, Arrays]:
         ps, us = layer.columns(params_leaves), layer.columns(leaves)
@@ -517,7 +526,7 @@ def _into_ball(
             slope=None
             if slope_leaves is None
             else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
-            near=_near(stickiness, layer.columns(params_leaves)),
+            near=_near(stickiness, layer.columns(params_leaves)) if sticks else 0.0,
         )
         for layer, radius in chosen
     ]
@@ -527,7 +536,7 @@ def _into_ball(
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         landing = tuple(map(land, *request.operands, projected.parts))
-        if stickiness:
+        if sticks:
             landing = _with_zeros_that_stick(landing, request, projected, stickiness)
         layer.put(landing, leaves)
         thresholds[layer.kernels[0]] = projected.threshold
@@ -536,17 +545,17 @@ def _into_ball(
     return jax.tree.unflatten(structure, leaves), ball
 
 
-def _near(stickiness: float, parts: Arrays) -> float:
+def _near(stickiness: float | jax.Array, parts: Arrays) -> jax.Array:
     """By how much of c a column may be inside and still count as on its sphere.
 
     By what sticking may have taken from it, and by rounding, towards zero in its own format.
     """
-    eps = max(float(jnp.finfo(part.dtype).eps) for part in parts)
-    return max(stickiness, 4 * eps, 1e-5) if stickiness else 0.0
+    rounding = max(1e-5, *(4 * float(jnp.finfo(part.dtype).eps) for part in parts))
+    return jnp.where(jnp.asarray(stickiness) > 0, jnp.maximum(stickiness, rounding), 0)
 
 
 def _with_zeros_that_stick(
-    landing: Arrays, request: Request, projected: Projected, stickiness: float
+    landing: Arrays, request: Request, projected: Projected, stickiness: float | jax.Array
 ) -> Arrays:
     """The updates, but for zeros that they would lift by next to nothing.
 

@@ -33,12 +33,14 @@ class Problem(NamedTuple):
         slope: ``None`` or how fast each entry shrinks, one array for each part.
         start: Where the search for the thresholds starts, column by column.
         c: The radius, column by column.
+        near: By how much of c a column may be inside and still count as on its sphere.
     """
 
     operands: Any
     slope: Arrays | None
     start: Float[Array, "*columns"]
     c: Float[Array, "*columns"]
+    near: Float[Array, "*columns"]
 
 
 class Kind(NamedTuple):
@@ -49,14 +51,12 @@ class Kind(NamedTuple):
         axes: The axes a column runs along.
         method: ``"newton"`` or ``"sort"``.
         is_ordinary: Whether the radius needs no scale of its own.
-        near: By how much of c a column may be inside and still count as on its sphere.
     """
 
     make: Callable[..., Arrays]
     axes: Axes
     method: str
     is_ordinary: bool
-    near: float
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -87,7 +87,7 @@ def _solve_one(problem: Problem, kind: Kind) -> Projected:
     columns = columns_of(
         parts, problem.c, problem.slope, kind.axes, is_ordinary=kind.is_ordinary, rows=Rows()
     )
-    found = find_thresholds(columns, problem.start, kind.axes, kind.method, kind.near)
+    found = find_thresholds(columns, problem.start, kind.axes, kind.method, problem.near)
     return shrink(parts, columns.slope, found)
 
 
@@ -95,7 +95,7 @@ def _solve_in_turn(
     problems: tuple[Problem, ...], kind: Kind, rows: Rows, is_split: Sequence[bool]
 ) -> list[Projected]:
     """Layers of one kind; ``is_split`` says of which parts a device holds only some rows."""
-    by_column = jax.tree.map(lambda *x: jnp.stack(x), *((x.start, x.c) for x in problems))
+    by_column = jax.tree.map(lambda *x: jnp.stack(x), *((x.start, x.c, x.near) for x in problems))
 
     def made(operands: Any, slope: Arrays | None) -> tuple[Arrays, Arrays | None]:
         return kind.make(*operands), slope
@@ -104,7 +104,9 @@ def _solve_in_turn(
 
     @jax.jit  # traced once, for its form and for the loop
     def find(i: jax.Array) -> Found:
-        start, c = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), by_column)
+        start, c, near = jax.tree.map(
+            lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), by_column
+        )
         parts, slope = lax.switch(i, choices)
         if rows.names:  # parts that all devices hold count once
             mine = rows.is_first()
@@ -112,7 +114,7 @@ def _solve_in_turn(
                 x if own else jnp.where(mine, x, 0) for x, own in zip(parts, is_split, strict=True)
             )
         columns = columns_of(parts, c, slope, kind.axes, is_ordinary=kind.is_ordinary, rows=rows)
-        return find_thresholds(columns, start, kind.axes, kind.method, kind.near)
+        return find_thresholds(columns, start, kind.axes, kind.method, near)
 
     # The entries are made again: only one layer's need memory in the loop.
     return [

@@ -46,7 +46,7 @@ class Request(NamedTuple):
     axes: Axes
     start: Float[Array, "*columns"] | None
     slope: Arrays | None = None
-    near: float = 0.0
+    near: ArrayLike = 0.0
 
 
 def project_columns(
@@ -136,8 +136,9 @@ def _prepared(make: Callable[..., Arrays], request: Request, method: str) -> tup
         guess = jnp.zeros_like(by_column)
     else:
         guess = jnp.expand_dims(start.astype(by_column.dtype), axes)
+    near = jnp.full_like(by_column, near)
     is_ordinary = is_ordinary_radius(c, is_weighted=slope is not None)
-    return Problem(operands, slope, guess, by_column), Kind(make, axes, method, is_ordinary, near)
+    return Problem(operands, slope, guess, by_column, near), Kind(make, axes, method, is_ordinary)
 
 
 def _by_column(c: ArrayLike, parts: Any, axes: Axes) -> jax.Array:

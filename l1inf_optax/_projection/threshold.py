@@ -16,7 +16,7 @@ from l1inf_optax._projection.sort import sorted_thresholds
 
 
 def find_thresholds(
-    columns: Columns, start: jax.Array, axes: Axes, method: str, near: float
+    columns: Columns, start: jax.Array, axes: Axes, method: str, near: jax.Array
 ) -> Found:
     """Searches from ``start``, or sorts first and searches from there: rounding is left to it."""
     if columns.scale is not None:
@@ -70,7 +70,7 @@ def _largest_share(columns: Columns, theta: Pair) -> jax.Array:
     return jnp.where(only_infinite, columns.c / k * rounding, jnp.inf)
 
 
-def _aim(columns: Columns, near: float) -> Aim:
+def _aim(columns: Columns, near: jax.Array) -> Aim:
     eps = float(jnp.finfo(columns.c.dtype).eps)
     # With a metric Newton's method needs passes for every factor of the largest ratio of weights.
     more = 0 if columns.slope is None else round(math.log2(LARGEST_WEIGHT))

@@ -86,6 +86,7 @@ ERRORS = {
     "zeros held from a negative number": lambda: l1inf.keep_params_in_l1inf_ball(
         1.0, hold_zeros_from=-1
     ),
+    "stickiness that is no share": lambda: l1inf.keep_params_in_l1inf_ball(1.0, stickiness=2),
     "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
     "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),
     "empty parameters": lambda: KEEP.init({}),

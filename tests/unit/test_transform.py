@@ -799,6 +799,20 @@ def test_stickiness_is_a_share(share):
             make(1.0, stickiness=share)
 
 
+def test_stickiness_can_be_set_and_read_as_a_hyperparameter():
+    params = {"augmented_kernel": jnp.asarray([[0.5, 0.0], [0.0, 0.5]])}
+    updates = {"augmented_kernel": jnp.asarray([[0.1, 0.004], [0.004, 0.1]])}
+    tx = optax.inject_hyperparams(KEEP)(0.5, stickiness=0.1)
+    state = tx.init(params)
+    landed = optax.apply_updates(params, tx.update(updates, state, params)[0])
+    np.testing.assert_allclose(landed["augmented_kernel"], np.eye(2) * 0.5, atol=1e-2)
+    assert (np.asarray(landed["augmented_kernel"])[~np.eye(2, dtype=bool)] == 0).all()
+    state = optax.tree.set(state, stickiness=0.0)
+    back = jax.tree.map(lambda u: u * jnp.asarray([[-1, 1], [1, -1]]), updates)
+    landed = optax.apply_updates(params, tx.update(back, state, params)[0])
+    assert (np.asarray(landed["augmented_kernel"]) != 0).all()
+
+
 # --- another ball ---------------------------------------------------------------------------------
 
 
