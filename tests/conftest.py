@@ -86,6 +86,14 @@ def x64():
 # buys nothing. Everybody's compiler stays where the last bits of a projection are tested, where
 # bits are those of another process, and where networks are trained.
 HASTY = {
+    "test_docs.py",
+    "test_certificates.py",
+    "test_cifar10.py",
+    "test_depth.py",
+    "test_optimizers.py",
+    "test_sample_size.py",
+    "test_select_c.py",
+    "test_step_size.py",
     "test_bounds.py",
     "test_certificates.py",
     "test_conformance.py",
@@ -97,6 +105,7 @@ HASTY = {
     "test_models.py",
     "test_nnx.py",
     "test_quick.py",
+    "test_regression.py",
     "test_regularizers.py",
     "test_reported.py",
     "test_sharding.py",

@@ -281,7 +281,7 @@ def violations(case, most):
     units = error / (float(info.eps) * case.unit)
     below = outside & (np.abs(safe) < taken - most * float(info.eps) * case.unit - least)
     if case.d is not None:  # an entry above 2^60 c counts as that
-        below &= np.abs(safe) <= 2.0**59 * case.c
+        below &= (np.abs(safe) <= 2.0**59 * case.c).all(0)
     shared = np.isinf(x) * np.minimum(case.c / np.maximum(np.isinf(x).sum(0), 1), float(info.max))
     limit = np.abs(np.abs(w) - shared) <= most * float(info.eps) * case.unit + least
 
