@@ -24,6 +24,7 @@ from l1inf_optax._projection.judge import (
     Aim,
     Known,
     State,
+    Verdict,
     exponential_gain,
     judge,
     left_bound,
@@ -34,6 +35,37 @@ from l1inf_optax._projection.measure import Measured
 NEWTON_PASSES = 48
 _PASSES = 160
 _STEEP = 32  # above this many times c the largest entry of a column is worth a look
+
+
+def newtons_thresholds(
+    measured: Measured, verdict: Verdict, state: State, aim: Aim
+) -> tuple[Pair, Pair]:
+    """Newton's next threshold, and where the root is far one half way to an exponential tail's.
+
+    Where nothing survives both are 0.
+    """
+    passes, zero = state.passes + 1, jnp.zeros_like(aim.c)
+    gain = newtons_gain(measured, verdict, passes, aim)
+    # In the end steps double, until one is sure to be long enough.
+    doubling = jnp.exp2(jnp.maximum(passes - aim.newton_passes, 0).astype(gain.dtype))
+    newton = moved(state.trial, jnp.where(measured.norm < jnp.inf, gain, 0) * doubling)
+    newton = choose(measured.slope > 0, newton, (zero, zero))
+    is_far = (jnp.abs(measured.excess) > aim.c / 4) & ~state.known.crossed
+    halfway = moved(state.trial, (gain + exponential_gain(measured, aim.c)) / 2)
+    return newton, choose(is_far & (measured.slope > 0), larger(halfway, newton), newton)
+
+
+def answered(
+    following: Pair, only_infinite: jax.Array, measured: Measured, verdict: Verdict, state: State
+) -> Pair:
+    """The threshold that follows, but the answer where there is one, as `search` returns it."""
+    largest = jnp.full_like(measured.norm, jnp.finfo(measured.norm.dtype).max)
+    last = state.passes + 1 == _PASSES
+    following = choose(last, (largest, jnp.ones_like(largest)), following)
+    undefined = jnp.isnan(measured.excess)
+    following = choose(undefined, (measured.excess, measured.excess), following)
+    following = choose(verdict.done & ~undefined, state.trial, following)
+    return choose(only_infinite, (largest, measured.slope), following)
 
 
 def search(
@@ -49,7 +81,7 @@ def search(
         measure: Measures all columns at their thresholds; its second argument is true, in a way
             that the compiler cannot see.
         leaving_c: Returns the largest thresholds that leave some entry at c.
-        aim: How exact the thresholds have to be.
+        aim: What the thresholds have to meet.
         start: Where the search starts, column by column.
         known: What is known of the columns.
 
@@ -58,25 +90,15 @@ def search(
         and, as the second of the pair, their number.
     """
     zero = jnp.zeros_like(aim.c)
-    largest = jnp.full_like(zero, jnp.finfo(zero.dtype).max)
+    largest = float(jnp.finfo(zero.dtype).max)
 
     def unfinished(state: State) -> jax.Array:
         return jnp.any(~state.known.done) & (state.passes < _PASSES)
 
     def step(state: State) -> State:
-        passes = state.passes + 1
         measured = measure(state.trial, state.passes < _PASSES)
         verdict = judge(measured, state, aim)
-        gain = newtons_gain(measured, verdict, passes, aim)
-        # In the end steps double, until one is sure to be long enough.
-        doubling = jnp.exp2(jnp.maximum(passes - aim.newton_passes, 0).astype(gain.dtype))
-        newton = moved(state.trial, jnp.where(measured.norm < jnp.inf, gain, 0) * doubling)
-        newton = choose(measured.slope > 0, newton, (zero, zero))
-
-        is_far = (jnp.abs(measured.excess) > aim.c / 4) & ~state.known.crossed
-        halfway = moved(state.trial, (gain + exponential_gain(measured, aim.c)) / 2)
-        following = choose(is_far & (measured.slope > 0), larger(halfway, newton), newton)
-
+        newton, following = newtons_thresholds(measured, verdict, state, aim)
         # Where most of the norm must go the largest entry says more: the threshold is less than c
         # below it. Reading the entries for it costs less than the passes it saves.
         steep = (measured.norm > _STEEP * aim.c) & ~verdict.done & ~state.known.topped
@@ -86,15 +108,11 @@ def search(
         left = left_bound(measured, verdict, state, aim)
         following = larger(following, (left, zero))
         # Ask 0 itself before shrinking a column that may be inside.
-        late = passes > aim.newton_passes
+        late = state.passes + 1 > aim.newton_passes
         would_shrink = verdict.feasible & (verdict.near | ~(newton[0] + newton[1] > 0)) | late
         following = choose(~verdict.outside & would_shrink, (zero, zero), following)
-        following = choose(passes == _PASSES, (largest, jnp.ones_like(zero)), following)
-        undefined = jnp.isnan(measured.excess)
-        following = choose(undefined, (measured.excess, measured.excess), following)
-        following = choose(verdict.done & ~undefined, state.trial, following)
         only_infinite = (measured.norm == jnp.inf) & (state.trial[0] == largest)
-        following = choose(only_infinite, (largest, measured.slope), following)
+        following = answered(following, only_infinite, measured, verdict, state)
         known = Known(
             outside=state.known.outside | verdict.outside,
             inside=state.known.inside | verdict.inside,
@@ -104,7 +122,7 @@ def search(
             topped=state.known.topped | steep,
         )
         slope = jnp.where(state.known.done, state.slope, measured.slope)
-        return State(following, left, slope, known.bits, passes)
+        return State(following, left, slope, known.bits, state.passes + 1)
 
     start = jnp.where((start > 0) & (start < jnp.inf), start, 0)
     state = State((start, zero), zero, zero, known.bits, jnp.int32(0))
