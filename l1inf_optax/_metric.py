@@ -29,7 +29,7 @@ from l1inf_optax._optimizers import is_euclidean, links, moments_in, with_moment
 # A gradient so small that no second moment notices, and so large that its square, times what a
 # running mean takes of it, is a normal number: a subnormal one would be lost on the way.
 _NEXT_TO_NOTHING = 1e-15
-# Beyond these, largest gradients count as these: one of 1e38 would make tiny_grads of all others.
+# Beyond these, largest gradients count as these: one of 1e38 would make nothing of all others.
 _SIZES = 1e-20, 1e10
 _SAMPLE = 4096  # entries of a leaf that tell its factor
 
@@ -101,7 +101,7 @@ def slopes(
 
 
 def _moved(step: Callable[[Any], Any], tiny_grads: Any, state: Any) -> Any:
-    """What a step without first moments makes of a gradient next to tiny_grads."""
+    """What a step without first moments makes of a gradient next to nothing."""
     if all(name != "AddNoiseState" for name, _ in links(state)):
         return step(tiny_grads)
     # Noise hides so small a step, but not how the step changes with the gradient.

@@ -563,10 +563,7 @@ def _with_zeros_that_stick(
     this share, too. A threshold higher by x takes x times the slope of the norm off it, so that
     ball's is higher by ``stickiness c / slope``: that times its own slope an entry has to reach.
     """
-    columns = projected.slope.shape
-    c = jnp.broadcast_to(
-        request.c, tuple(n for i, n in enumerate(columns) if i not in request.axes)
-    )
+    c = jnp.broadcast_to(request.c, projected.threshold.shape)
     rise = stickiness * jnp.expand_dims(c, request.axes).astype(projected.slope.dtype)
     rise /= jnp.where(projected.slope > 0, projected.slope, 1)
     rise = jnp.where(projected.on_sphere, rise, 0)

@@ -84,7 +84,7 @@ def x64():
 
 # Files whose programs run once, on a few numbers: two thirds of the time that they take to compile
 # buys nothing. Everybody's compiler stays where the last bits of a projection are tested, where
-# bits are those of another process, and where networks are trained.
+# bits are those of another process, and where networks are trained for longer than they compile.
 HASTY = {
     "test_bounds.py",
     "test_certificates.py",

@@ -54,7 +54,7 @@ class Known(NamedTuple):
         outside: It counts as outside its ball.
         inside: It counts as inside: it is left as it is.
         done: It has its answer.
-        on_sphere: It is done, and its norm is c or little less.
+        on_sphere: Its norm is at least c, or little less.
         crossed: A threshold was right of the root.
         topped: Its largest entry was read.
     """

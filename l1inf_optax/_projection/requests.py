@@ -44,7 +44,7 @@ class Request(NamedTuple):
     operands: Any
     c: ArrayLike
     axes: Axes
-    start: Float[Array, "*columns"] | None
+    start: Float[Array, "*columns"] | None = None
     slope: Arrays | None = None
     near: ArrayLike = 0.0
 

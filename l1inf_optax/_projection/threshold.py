@@ -1,4 +1,4 @@
-"""The threshold of every column: columns and aim in, what the search has found out."""
+"""The threshold of every column: what an answer has to meet, and the search for it."""
 
 import math
 
