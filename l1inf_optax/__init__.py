@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from l1inf_optax._layers import LayerDimensionNumbers, convert_params
 from l1inf_optax._projection import l1inf_norm, projection_l1inf_ball
+from l1inf_optax._schedules import ShrinkState, shrink
 from l1inf_optax._transform import (
     ConstrainState,
     KeepParamsInL1InfBallState,
@@ -29,6 +30,7 @@ __all__ = [
     "KeepParamsInL1InfBallState",
     "LayerDimensionNumbers",
     "LayerSparsity",
+    "ShrinkState",
     "SparsityReport",
     "bounds",
     "constrain",
@@ -42,6 +44,7 @@ __all__ = [
     "project_params",
     "projection_l1inf_ball",
     "selection",
+    "shrink",
     "sparsity_report",
 ]
 

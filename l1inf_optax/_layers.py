@@ -7,7 +7,9 @@ else is said with dimension numbers.
 
 import collections
 import fnmatch
+import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,10 +38,11 @@ from l1inf_optax._projection.arguments import (
     normalise_axes,
 )
 from l1inf_optax._projection.floats import wide_dtype
+from l1inf_optax._schedules import Shrink
 
 _LISTED = 40  # names that a message lists
 
-Radius = Any  # a number, an array, or an optax schedule
+Radius = Any  # a number, an array, an optax schedule, or a Shrink
 Radii = Radius | Mapping[str, Radius | None]
 
 
@@ -165,6 +168,62 @@ class Layer(NamedTuple):
     def columns_shape(self) -> tuple[int, ...]:
         """The kernel's shape without the axes a column runs along."""
         return tuple(n for i, n in enumerate(self.shape) if i not in self.reduction_axes)
+
+    @property
+    def batch_axes(self) -> Axes:
+        """The axes of the kernel along which independent matrices are stacked."""
+        own = (*self.reduction_axes, *self.output_axes)
+        return tuple(i for i in range(len(self.shape)) if i not in own)
+
+    @property
+    def matrices_shape(self) -> tuple[int, ...]:
+        """That of one number for each matrix of the batch; it broadcasts with columns."""
+        columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
+        sizes = tuple(self.shape[i] if i in self.batch_axes else 1 for i in columns)
+        return sizes if self.batch_axes else ()
+
+    def norm(self, leaves: Sequence[Any]) -> jax.Array:
+        """The L1,inf norm of each matrix of the batch, in float32 and to its rounding."""
+        sums = [
+            jnp.sum(jnp.abs(x.astype(jnp.float32)), self.reduction_axes)
+            for x in self.columns(leaves)
+        ]
+        return self._of_each_matrix(jnp.max, functools.reduce(jnp.add, sums))
+
+    def for_columns(self, x: jax.Array) -> jax.Array:
+        """What there is for each matrix of the batch, for each column; a scalar remains one."""
+        return jnp.broadcast_to(x, self.columns_shape) if self.batch_axes else x
+
+    def for_entries(self, x: jax.Array) -> jax.Array:
+        """The same in a shape that broadcasts with :meth:`columns`."""
+        return jnp.expand_dims(x, self.reduction_axes) if self.batch_axes else x
+
+    def zero_weights(self, columns: Arrays) -> Arrays:
+        """Where in what :meth:`columns` gives a weight is zero; a bias is no weight."""
+        masks = [x == 0 for x in columns]
+        if self.bias is not None:
+            masks[0] = jnp.zeros_like(masks[0])
+        elif self.has_bias_row:
+            row = jax.lax.broadcasted_iota(jnp.int32, masks[0].shape, self.reduction_axes[0])
+            masks[0] &= row > 0
+        return tuple(masks)
+
+    def share_of_zeros(self, zero_weights: Arrays) -> jax.Array:
+        """What share of the weights of each matrix of the batch :meth:`zero_weights` marks."""
+        counts = [jnp.sum(mask, self.reduction_axes) for mask in zero_weights]
+        rows = sum(
+            math.prod(mask.shape[i] for i in self.reduction_axes)
+            for mask in zero_weights[-len(self.kernels) :]
+        )
+        share = functools.reduce(jnp.add, counts) / (rows - self.has_bias_row)
+        return self._of_each_matrix(jnp.mean, share)
+
+    def _of_each_matrix(self, reduce: Callable[..., jax.Array], columns: jax.Array) -> jax.Array:
+        """One number for all columns of each matrix, in `matrices_shape`."""
+        if not self.batch_axes:
+            return reduce(columns)
+        kept = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
+        return reduce(columns, tuple(map(kept.index, self.output_axes)), keepdims=True)
 
     def zeros(self, leaves: Sequence[Any]) -> jax.Array:
         """A zero for each column, float32 or, where the layer is, float64; sharded like columns."""
@@ -304,6 +363,11 @@ def check_usable(layer: Layer, leaves: Sequence[Any]) -> None:
         check_floating(leaves[i].dtype, f"params at {layer.path or '(root)'!r}")
 
 
+def radii(c: Radii) -> list[Radius | None]:
+    """All radii in ``c``, whether or not it is a mapping."""
+    return list(c.values()) if isinstance(c, Mapping) else [c]
+
+
 def check_radii(c: Radii) -> None:
     """Raises a ValueError if a radius that is known now is not a positive number."""
     if hasattr(c, "init") and hasattr(c, "update"):
@@ -323,7 +387,7 @@ def check_radii(c: Radii) -> None:
                 f"c={brief(radius)} is a {type(radius).__name__}: give a number, or a mapping with "
                 "one for each layer, as in {'hidden_0': 1.0, 'hidden_1': 2.0}"
             )
-        if radius is not None and not callable(radius):
+        if not (radius is None or callable(radius) or isinstance(radius, Shrink)):
             check_radius(radius)
 
 

@@ -13,15 +13,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from l1inf_optax import _layers, _metric, _trial
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
-from l1inf_optax._projection.arguments import Arrays, Axes, brief, check_method
+from l1inf_optax._projection.arguments import (
+    Arrays,
+    Axes,
+    brief,
+    check_count,
+    check_method,
+    check_share,
+)
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
+from l1inf_optax._schedules import Shrink, ShrinkState
+
+_SMALL = 0.25  # of a column's largest threshold: steps that no longer choose which entries are zero
 
 Projection = Callable[[Callable[..., Arrays], list[Request]], list[Projected]]
 
@@ -38,10 +47,15 @@ class KeepParamsInL1InfBallState(NamedTuple):
             there, which saves it passes over the layer. It confirms what it finds, so any other
             values give the same result to rounding error, only later. For `optax.tree.map_params`
             they are one field, and no parameters.
+        largest_thresholds: The largest that each column has had. The first update does not count:
+            it may have had to take the column into the ball.
+        shrinking: How far the layers are whose radius is a :func:`shrink`; empty if there are none.
     """
 
     step: jax.Array
     thresholds: dict[str, Any]
+    largest_thresholds: dict[str, Any]
+    shrinking: ShrinkState | tuple[()] = ()
 
 
 def keep_params_in_l1inf_ball(
@@ -49,7 +63,7 @@ def keep_params_in_l1inf_ball(
     *,
     layers: Layers = None,
     method: str = "newton",
-    stickiness: float | jax.Array = 0.0,
+    stickiness: float | jax.Array = 0.03,
     hold_zeros_from: int | None = None,
 ) -> optax.GradientTransformation:
     r"""Modifies the updates so that every column stays in the L1 ball of radius ``c``.
@@ -145,7 +159,7 @@ def constrain(
     *,
     metric: str | Callable[[Any, Any], Any] = "auto",
     layers: Layers = None,
-    stickiness: float | jax.Array = 0.0,
+    stickiness: float | jax.Array = 0.03,
     hold_zeros_from: int | None = None,
     neutral: Sequence[type] = (),
 ) -> optax.GradientTransformationExtraArgs:
@@ -311,7 +325,8 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     _layers.check_params(params)
     _layers.check_radii(c)
     leaves, structure = _layers.flatten(params)
-    for layer, radius in _layers.constrained_layers(params, c, layers):
+    chosen = _layers.constrained_layers(params, c, layers)
+    for layer, radius in as_schedules(chosen, params):
         columns = layer.columns(leaves)
         layer.put(
             project_columns(columns, radius_at(radius, 0), layer.reduction_axes).parts, leaves
@@ -328,22 +343,38 @@ def _keep_params_in_ball(
 ) -> optax.GradientTransformation:
     """Keeps columns in any closed star-shaped set around 0 that ``project`` projects onto."""
     _layers.check_radii(c)
-    _check_hold(hold_zeros_from)
-    _check_stickiness(stickiness)
+    if hold_zeros_from is not None:
+        what = "the number of updates after which zeros stay, such as round(0.8 * steps), or None"
+        check_count("hold_zeros_from", hold_zeros_from, what)
+    what = (
+        "the share of a survivor's mean below which a zero stays zero, such as 0.01, or 0 for none"
+    )
+    check_share("stickiness", stickiness, what, may_be_zero=True)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
         step = jnp.zeros([], jnp.int32)
         if isinstance(params, _PLACEHOLDER):
             # One leaf stands for all thresholds. A placeholder would make parameters of them.
             one_leaf: Any = jnp.zeros([])
-            return KeepParamsInL1InfBallState(step, one_leaf)
+            shrinks = any(isinstance(radius, Shrink) for radius in _layers.radii(c))
+            shrinking = ShrinkState(one_leaf, one_leaf) if shrinks else ()
+            return KeepParamsInL1InfBallState(step, one_leaf, one_leaf, shrinking)
         leaves, _ = _layers.flatten(params)
         chosen = _layers.constrained_layers(params, c, layers)
         told = _told.get()
         if told is not None:
             told.append(Kept({layer.leaf_path: c for layer, c in chosen}, hold_zeros_from))
-        thresholds = {layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen}
-        return KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
+        return _ball_state(
+            params,
+            step,
+            thresholds={layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen},
+            largest={layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen},
+            shrinking={
+                layer.kernels[0]: radius.begin(layer, leaves)
+                for layer, radius in chosen
+                if isinstance(radius, Shrink)
+            },
+        )
 
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
@@ -380,41 +411,71 @@ def _optax_placeholder() -> type:
 _PLACEHOLDER = _optax_placeholder()
 
 
-def _check_thresholds(thresholds: Any, layers: list[Layer]) -> None:
-    has = {(path, jnp.shape(x)) for path, x in _layers.named_leaves(thresholds)}
-    wanted = {(layer.leaf_path, layer.columns_shape) for layer in layers}
+def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, Radius]]) -> None:
+    """Raises a ValueError unless the state is of these layers and radii."""
+    has = {(path, jnp.shape(x)) for path, x in _layers.named_leaves(state.thresholds)}
+    wanted = {(layer.leaf_path, layer.columns_shape) for layer, _ in chosen}
     for path, _ in sorted(has ^ wanted):
         raise ValueError(
             f"state has thresholds of shape {dict(has).get(path)} for {path!r}, but c, layers and "
             f"params ask for {dict(wanted).get(path)}: take the state from init(params) of this "
             "transformation, with these params"
         )
-
-
-def _check_hold(hold_zeros_from: Any) -> None:
-    number = hold_zeros_from
-    whole = isinstance(number, int) or jnp.issubdtype(getattr(number, "dtype", bool), jnp.integer)
-    if number is not None and (isinstance(number, bool) or not whole or jnp.ndim(number)):
+    shrunk = {layer.leaf_path for layer, radius in chosen if isinstance(radius, Shrink)}
+    for path in sorted(shrunk ^ shrink_states([state]).keys()):
         raise ValueError(
-            f"hold_zeros_from={brief(number)} is no whole number: give the number of updates after "
-            "which zeros stay, such as round(0.8 * steps), or None"
-        )
-    if number is not None and not isinstance(number, jax.core.Tracer) and number < 0:
-        raise ValueError(
-            f"hold_zeros_from={brief(number)} is negative: give the number of updates after which "
-            "zeros stay, or None"
+            f"state has {'no' if path in shrunk else 'a'} start of a radius that shrinks for "
+            f"{path!r}, other than c: take the state from init(params) of this transformation"
         )
 
 
-def _check_stickiness(stickiness: Any) -> None:
-    is_known = not isinstance(stickiness, jax.core.Tracer)
-    kinds = int | float | np.number | np.ndarray | jax.Array
-    is_number = isinstance(stickiness, kinds) and jnp.ndim(stickiness) == 0
-    if not is_number or (is_known and not 0 <= stickiness < 1):
-        raise ValueError(
-            f"stickiness={brief(stickiness)} is no number from 0 to below 1: give the share of a "
-            "survivor's mean below which a zero stays zero, such as 0.01, or 0 for none"
-        )
+def shrink_states(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, ShrinkState]:
+    """How far the layers are whose radius shrinks, by the paths of their kernels."""
+    states: dict[str, ShrinkState] = {}
+    for ball in balls:
+        if ball.shrinking:
+            starts, held_from = (dict(_layers.named_leaves(field)) for field in ball.shrinking)
+            states |= {path: ShrinkState(starts[path], held_from[path]) for path in starts}
+    return states
+
+
+def as_schedules(
+    chosen: list[tuple[Layer, Radius]],
+    params: Any,
+    balls: Sequence[KeepParamsInL1InfBallState] = (),
+) -> list[tuple[Layer, Radius]]:
+    """The layers, schedules in the place of radii that shrink.
+
+    How far these are is in ``balls``; without them they start from the norms of ``params``.
+    """
+    leaves, _ = _layers.flatten(params)
+    states = shrink_states(balls)
+
+    def schedule(layer: Layer, radius: Radius) -> Radius:
+        if not isinstance(radius, Shrink):
+            return radius
+        state = states.get(layer.leaf_path) or radius.begin(layer, leaves)
+        return lambda step: layer.for_columns(radius.radius(state, step))
+
+    return [(layer, schedule(layer, radius)) for layer, radius in chosen]
+
+
+def _ball_state(
+    params: Any,
+    step: jax.Array,
+    thresholds: dict[int, jax.Array],
+    largest: dict[int, jax.Array],
+    shrinking: dict[int, ShrinkState],
+) -> KeepParamsInL1InfBallState:
+    """The state, made of what it holds for each layer, by the index of the layer's kernel."""
+    nested = functools.partial(_layers.nested, params)
+    fields = (
+        nested({i: getattr(own, field) for i, own in shrinking.items()})
+        for field in ShrinkState._fields
+    )
+    return KeepParamsInL1InfBallState(
+        step, nested(thresholds), nested(largest), ShrinkState(*fields) if shrinking else ()
+    )
 
 
 class Kept(NamedTuple):
@@ -443,7 +504,8 @@ def kept_by(tx: optax.GradientTransformation, params: Any) -> list[Kept]:
         _told.reset(token)
 
     def is_known(x: Any) -> bool:
-        return not isinstance(x, jax.core.Tracer)
+        parts = vars(x).values() if isinstance(x, Shrink) else [x]
+        return not any(isinstance(part, jax.core.Tracer) for part in parts)
 
     return [
         Kept(
@@ -469,8 +531,8 @@ def optimizer_state(state: Any) -> Any:
     return _layers.unboxed(state.opt_state if holder else state)
 
 
-def last_step(state: Any) -> int:
-    """The step at which the last update has read a schedule for c; 0 before the first.
+def balls_of(state: Any) -> list[KeepParamsInL1InfBallState]:
+    """What the projections keep that an optimizer's state holds; at least one.
 
     Raises:
         ValueError: Nothing in ``state`` keeps parameters in a ball.
@@ -481,7 +543,12 @@ def last_step(state: Any) -> int:
             f"state, a {type(state).__name__}, holds no state of keep_params_in_l1inf_ball or "
             "constrain: give the optimizer's state that belongs to params"
         )
-    return max(int(balls[0].step) - 1, 0)
+    return balls
+
+
+def last_step(balls: Sequence[KeepParamsInL1InfBallState]) -> int:
+    """The step at which the last update has read a schedule for c; 0 before the first."""
+    return max(int(balls[0].step) - 1, 0) if balls else 0
 
 
 def _into_ball(
@@ -506,43 +573,56 @@ def _into_ball(
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
     chosen = _layers.constrained_layers(params, c, layers)
-    _check_thresholds(state.thresholds, [layer for layer, _ in chosen])
+    _check_belongs(state, chosen)
+    fallen = shrink_states([state])
     starts = dict(_layers.named_leaves(state.thresholds))
+    largest_before = dict(_layers.named_leaves(state.largest_thresholds))
     sticks = isinstance(stickiness, jax.Array) or stickiness > 0
-
-    def operands(layer: Layer) -> tuple[Arrays, Arrays]:
+    requests = []
+    shrinking: dict[int, ShrinkState] = {}
+    for layer, radius in chosen:
         ps, us = layer.columns(params_leaves), layer.columns(leaves)
-        if hold_zeros_from is None:
-            return ps, us
-        held = state.step >= hold_zeros_from
-        return ps, tuple(jnp.where(held & (p == 0), 0, u) for p, u in zip(ps, us, strict=True))
-
-    requests = [
-        Request(
-            operands=operands(layer),
-            c=radius_at(radius, state.step),
-            axes=layer.reduction_axes,
-            start=starts[layer.leaf_path],
-            slope=None
-            if slope_leaves is None
-            else _at_most_one(layer.columns(slope_leaves), layer.reduction_axes),
-            near=_near(stickiness, layer.columns(params_leaves)) if sticks else 0.0,
+        if hold_zeros_from is not None:
+            is_held = state.step >= hold_zeros_from
+            us = _unmoved(us, tuple((p == 0) & is_held for p in ps))
+        if isinstance(radius, Shrink):
+            zeros = layer.zero_weights(ps)
+            own = radius.advance(fallen[layer.leaf_path], state.step, layer.share_of_zeros(zeros))
+            shrinking[layer.kernels[0]] = own
+            if radius.hold:
+                is_held = layer.for_entries(state.step >= own.held_from)
+                us = _unmoved(us, tuple(zero & is_held for zero in zeros))
+            radius = layer.for_columns(radius.radius(own, state.step))
+        slope = None if slope_leaves is None else layer.columns(slope_leaves)
+        requests.append(
+            Request(
+                operands=(ps, us),
+                c=radius_at(radius, state.step),
+                axes=layer.reduction_axes,
+                start=starts[layer.leaf_path],
+                slope=None if slope is None else _at_most_one(slope, layer.reduction_axes),
+                near=_near(stickiness, ps) if sticks else 0.0,
+            )
         )
-        for layer, radius in chosen
-    ]
-    thresholds = {}
+    thresholds, largest = {}, {}
     for (layer, _), request, projected in zip(
         chosen, requests, project(_all_stepped, requests), strict=True
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         landing = tuple(map(land, *request.operands, projected.parts))
+        most = jnp.maximum(largest_before[layer.leaf_path], projected.threshold)
+        most = jnp.where(state.step > 0, most, 0)
         if sticks:
-            landing = _with_zeros_that_stick(landing, request, projected, stickiness)
+            landing = _with_zeros_that_stick(landing, request, projected, stickiness, most)
         layer.put(landing, leaves)
-        thresholds[layer.kernels[0]] = projected.threshold
+        thresholds[layer.kernels[0]], largest[layer.kernels[0]] = projected.threshold, most
     step = optax.safe_increment(state.step)
-    ball = KeepParamsInL1InfBallState(step, _layers.nested(params, thresholds))
+    ball = _ball_state(params, step, thresholds, largest, shrinking)
     return jax.tree.unflatten(structure, leaves), ball
+
+
+def _unmoved(updates: Arrays, where: Arrays) -> Arrays:
+    return tuple(jnp.where(stays, 0, u) for stays, u in zip(where, updates, strict=True))
 
 
 def _near(stickiness: float | jax.Array, parts: Arrays) -> jax.Array:
@@ -555,18 +635,28 @@ def _near(stickiness: float | jax.Array, parts: Arrays) -> jax.Array:
 
 
 def _with_zeros_that_stick(
-    landing: Arrays, request: Request, projected: Projected, stickiness: float | jax.Array
+    landing: Arrays,
+    request: Request,
+    projected: Projected,
+    stickiness: float | jax.Array,
+    largest: jax.Array,
 ) -> Arrays:
     """The updates, but for zeros that they would lift by next to nothing.
 
     In a column on its sphere a zero stays zero unless it would be a survivor in a ball smaller by
     this share, too. A threshold higher by x takes x times the slope of the norm off it, so that
     ball's is higher by ``stickiness c / slope``: that times its own slope an entry has to reach.
+
+    Not before steps have become small. While they are large, one that is at zero by chance must be
+    able to leave it, and a step that is held back would be lost: an entry that the optimum needs
+    rises by little at a time. Thresholds are proportional to steps, so they tell.
     """
     c = jnp.broadcast_to(request.c, projected.threshold.shape)
     rise = stickiness * jnp.expand_dims(c, request.axes).astype(projected.slope.dtype)
     rise /= jnp.where(projected.slope > 0, projected.slope, 1)
-    rise = jnp.where(projected.on_sphere, rise, 0)
+    steps_are_small = projected.threshold < _SMALL * largest
+    sticks = projected.on_sphere & jnp.expand_dims(steps_are_small, request.axes)
+    rise = jnp.where(sticks, rise, 0)
     slopes = request.slope or (None,) * len(landing)
 
     def stick(update: jax.Array, p: jax.Array, w: jax.Array, slope: jax.Array | None) -> jax.Array:

@@ -24,8 +24,10 @@ from l1inf_optax._transform import (
     ConstrainState,
     KeepParamsInL1InfBallState,
     Kept,
+    as_schedules,
     ball_states,
     kept_by,
+    last_step,
     optimizer_state,
 )
 from l1inf_optax.sparsity import ON_BOUNDARY
@@ -175,8 +177,9 @@ def diagnose(
     balls = ball_states(state)
     _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
-    told, constrained = constrained, _as_kept(constrained, kept)
-    columns = _columns(params, constrained, max(step - 1, 0))  # where the last update left them
+    constrained = as_schedules(constrained, trained, balls)
+    told, constrained = constrained, as_schedules(_as_kept(constrained, kept), trained, balls)
+    columns = _columns(params, constrained, last_step(balls))  # where the last update left them
     # Where one finding explains what another would say, it alone is right.
     dead, elsewhere = [*_dead_units(columns)], [*_projected_elsewhere(columns, step)]
     explained = {path for finding in elsewhere for path in finding.layers}

@@ -9,7 +9,7 @@ import numpy as np
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer, Layers, radius_at
 from l1inf_optax._projection.arguments import check_radius
-from l1inf_optax._transform import last_step
+from l1inf_optax._transform import as_schedules, balls_of, last_step
 
 # A projected column ends within a few units of its dtype's last place below c; this much is shared
 # by float32 and the 16-bit formats.
@@ -182,7 +182,7 @@ def sparsity_report(
         ------------------------------------------------------------------------------
         total          66.67%             1        1 / 3          1 / 3          1 / 2
     """
-    step = 0 if state is None else last_step(state)
+    balls = [] if state is None else balls_of(state)
     leaves, _ = _layers.flatten(params)
     if c is None:
         found: list[tuple[Layer, Any]] = [
@@ -192,7 +192,8 @@ def sparsity_report(
             _layers.check_usable(layer, leaves)
     else:
         _layers.check_radii(c)
-        found = _layers.constrained_layers(params, c, layers)
+        found = as_schedules(_layers.constrained_layers(params, c, layers), params, balls)
+    step = last_step(balls)
     return SparsityReport(
         tuple(_count(layer, leaves, radius_at(radius, step), threshold) for layer, radius in found),
         threshold,

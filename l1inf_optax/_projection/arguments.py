@@ -61,7 +61,7 @@ def check_method(method: str) -> None:
         raise ValueError(f"method={method!r} is unknown: use one of {', '.join(METHODS)}")
 
 
-def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None) -> None:
+def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None, name: str = "c") -> None:
     """Raises a ValueError if ``c`` is not positive or, where these are given, does not fit columns.
 
     What is traced is not known yet, and passes for positive.
@@ -72,17 +72,37 @@ def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None) -> None:
         radii = np.asarray(None)
     if not any(jnp.issubdtype(radii.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
         raise ValueError(
-            f"c={brief(c)} is a {type(c).__name__}, not a number: give the largest L1 norm a "
+            f"{name}={brief(c)} is a {type(c).__name__}, not a number: give the largest L1 norm a "
             "column may have"
         )
     if not np.all(radii > 0):
         raise ValueError(
-            f"c={brief(c)} is not positive: give the largest L1 norm a column may have"
+            f"{name}={brief(c)} is not positive: give the largest L1 norm a column may have"
         )
     if columns is not None and jnp.shape(c) not in ((), columns):
         raise ValueError(
-            f"c has shape {jnp.shape(c)}: give a scalar, or one value for each column, {columns}"
+            f"{name} has shape {jnp.shape(c)}: give a scalar, or one value for each column, "
+            f"{columns}"
         )
+
+
+def check_count(name: str, number: Any, what: str, *, least: int = 0) -> None:
+    """Raises a ValueError if ``number`` is known not to be a whole number from ``least`` on."""
+    whole = isinstance(number, int) or jnp.issubdtype(getattr(number, "dtype", bool), jnp.integer)
+    if isinstance(number, bool) or not whole or jnp.ndim(number):
+        raise ValueError(f"{name}={brief(number)} is no whole number: give {what}")
+    if not isinstance(number, jax.core.Tracer) and number < least:
+        raise ValueError(f"{name}={brief(number)} is less than {least}: give {what}")
+
+
+def check_share(name: str, share: Any, what: str, *, may_be_zero: bool) -> None:
+    """Raises a ValueError if ``share`` is known not to be a number below 1, and from 0 on."""
+    is_number = isinstance(share, int | float | np.number | np.ndarray | jax.Array)
+    is_scalar = is_number and not isinstance(share, bool) and jnp.ndim(share) == 0
+    is_known = not isinstance(share, jax.core.Tracer)
+    if not is_scalar or (is_known and not (0 < share < 1 or (may_be_zero and share == 0))):
+        span = "from 0 to below 1" if may_be_zero else "between 0 and 1"
+        raise ValueError(f"{name}={brief(share)} is no number {span}: give {what}")
 
 
 def brief(x: Any) -> str:
