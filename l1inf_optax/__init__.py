@@ -16,6 +16,7 @@ from l1inf_optax._transform import (
     constrain,
     keep_params_in_l1inf_ball,
     project_params,
+    relative_radii,
 )
 from l1inf_optax.diagnosis import Diagnosis, Finding, diagnose
 from l1inf_optax.sparsity import LayerSparsity, SparsityReport, sparsity_report
@@ -43,6 +44,7 @@ __all__ = [
     "plotting",
     "project_params",
     "projection_l1inf_ball",
+    "relative_radii",
     "selection",
     "shrink",
     "sparsity_report",

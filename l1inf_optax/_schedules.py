@@ -88,8 +88,9 @@ class Shrink:
         end = _DEEPEST * start if self.to is None else rounded_down(self.to, start.dtype, ())
         start = jnp.maximum(start, end)
         share = jnp.minimum(step, held_from) / self.over
-        # Powers are rounded: the end is reached exactly, and never passed.
-        radius = jnp.where(share < 1, jnp.maximum(start * (end / start) ** share, end), end)
+        # Powers are rounded: the end is reached exactly, and never passed. There may be no ball.
+        is_falling = (share < 1) & (end < jnp.inf)
+        radius = jnp.where(is_falling, jnp.maximum(start * (end / start) ** share, end), end)
         if self.release is None:
             return radius
         released = rounded_down(self.release, start.dtype, ())
@@ -117,7 +118,8 @@ def shrink(
     member does.
 
     Args:
-        to: Radius at the end, positive. May be traced, as when several are trained at once.
+        to: Radius at the end, positive; ``jnp.inf`` for no ball at all. May be traced, as when
+            several are trained at once.
         over: Number of updates in which it falls: a half to three quarters of all of them. The
             learning rate should fall to zero in the others.
         start: First radius. ``None`` for the largest norm of the layer's own columns at ``init``,
@@ -133,8 +135,8 @@ def shrink(
         with the rest.
 
     Raises:
-        ValueError: There is neither ``to`` nor ``zeros``, or both; a radius is not positive, ``to``
-            or ``start`` not finite, ``start`` below ``to``; ``over`` is no positive whole number;
+        ValueError: There is neither ``to`` nor ``zeros``, or both; a radius is not positive,
+            ``start`` not finite or below ``to``; ``over`` is no positive whole number;
             ``release`` without ``hold``.
 
     References:
@@ -161,8 +163,8 @@ def shrink(
     for name, radius in (("to", to), ("start", start), ("release", release)):
         if radius is not None:
             check_radius(radius, columns=(), name=name)
-            if name != "release" and _is_known(radius) and not np.isfinite(radius):
-                raise ValueError(f"{name}={brief(radius)} is not finite: give a number")
+    if start is not None and _is_known(start) and not np.isfinite(start):
+        raise ValueError(f"start={brief(start)} is not finite: give the first radius, or None")
     if zeros is not None:
         what = "the share of the weights that are to be zero, such as 0.9"
         check_share("zeros", zeros, what, may_be_zero=False)

@@ -7,6 +7,7 @@ to it on the side of zero: no column grows, and an exact zero of w is one of the
 """
 
 import functools
+import glob
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from l1inf_optax._projection.requests import Request, project_all, project_colum
 from l1inf_optax._projection.shrink import Projected
 from l1inf_optax._schedules import Shrink, ShrinkState
 
-_SMALL = 0.25  # of a column's largest threshold: steps that no longer choose which entries are zero
+_SMALL = 0.02  # of a column's largest threshold: steps that no longer choose which entries are zero
 
 Projection = Callable[[Callable[..., Arrays], list[Request]], list[Projected]]
 
@@ -334,6 +335,47 @@ def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
     return jax.tree.unflatten(structure, leaves)
 
 
+def relative_radii(params: Any, share: Radii, *, layers: Layers = None) -> dict[str, Any]:
+    """Radii as shares of the norms that layers have, for ``c``.
+
+    Args:
+        params: Pytree of parameters, or a module that is one.
+        share: Of the layer's own L1,inf norm, positive: 0.5 for half of it. One for every layer, or
+            a mapping from globs over the layers' paths to one or None, as ``c`` is.
+        layers: As in :func:`keep_params_in_l1inf_ball`.
+
+    Returns:
+        A mapping from the paths of these layers to their radii: numbers, or for stacks of layers
+        float32 arrays with one for each column. Layers without a share are left free.
+
+    Raises:
+        ValueError: as :func:`keep_params_in_l1inf_ball`; a layer is zero.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
+        >>> params = {"a": {"kernel": jnp.eye(3)}, "b": {"kernel": 4 * jnp.eye(3)}}
+        >>> c = l1inf.relative_radii(params, 0.5)
+        >>> c
+        {'a': 0.5, 'b': 2.0}
+        >>> tx = l1inf.constrain(optax.adam(1e-3), c)
+    """
+    _layers.check_params(params)
+    for part in _layers.radii(share):
+        if callable(part) or isinstance(part, Shrink):
+            raise ValueError(f"share={brief(share)} is no number: give what share of the norm c is")
+    _layers.check_radii(share)
+    leaves, _ = _layers.flatten(params)
+    radii = {}
+    # The first match wins, and a path matches all that end with it.
+    chosen = _layers.constrained_layers(params, share, layers)
+    for layer, part in sorted(chosen, key=lambda x: len(x[0].path), reverse=True):
+        norm = layer.for_columns(layer.norm(leaves))
+        if not (norm > 0).all():
+            raise ValueError(f"params is zero at {layer.path!r}: it has no norm to take a share of")
+        radii[glob.escape(layer.path)] = part * (norm if layer.batch_axes else float(norm))
+    return radii
+
+
 def _keep_params_in_ball(
     project: Projection,
     c: Radii,
@@ -488,6 +530,13 @@ class Kept(NamedTuple):
 
     radii: dict[str, Radius]
     hold_zeros_from: int | None
+
+    def holds(self, path: str) -> int | None:
+        """The update from which on zeros of a layer are held at the latest; None for never."""
+        radius = self.radii[path]
+        by_radius = [int(radius.over)] if isinstance(radius, Shrink) and radius.hold else []
+        by_number = [] if self.hold_zeros_from is None else [int(self.hold_zeros_from)]
+        return min(by_radius + by_number, default=None)
 
 
 # A transformation is two closures, and c is in them. Their `init` tells what it is, if it is asked.

@@ -44,7 +44,7 @@ _ALIKE = 1e-5  # two radii, or the norms of columns projected to one, to roundin
 _FAR = tuple(10**k for k in range(10))  # steps at which schedules are looked at
 _VANISHED = 1e-30  # of the first radius: an exponential decay that is out of exponents
 _ENOUGH = 100  # updates after which zeros should show, if nobody says how many are planned
-_FEW_ZEROS = 0.01  # of the weights
+_FEW_ZEROS = 0.5  # of the weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +198,7 @@ def diagnose(
         *([] if dead or elsewhere else _large_c(columns)),
         *dead,
         *_biases(columns),
-        *_few_zeros(columns, step, steps),
+        *_few_zeros(columns, kept, step, steps),
         *_held_from_start(columns, kept),
         *_never_held(kept, steps),
         *_batch_norm(params, constrained),
@@ -428,16 +428,17 @@ def _held_from_start(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[
 
 
 def _never_held(kept: Sequence[Kept], steps: int | None) -> Iterator[Finding]:
-    starts = [int(x.hold_zeros_from) for x in kept if x.hold_zeros_from is not None]
-    if steps is not None and max(starts, default=0) >= steps:
+    starts = [ball.holds(path) for ball in kept for path in ball.radii]
+    latest = max((start for start in starts if start is not None), default=0)
+    if steps is not None and latest >= steps:
         yield Finding(
             "zeros never held",
             "warning",
             (),
-            f"hold_zeros_from is {max(starts)}, but only {steps} updates are planned: zeros are "
-            "never held.",
-            "Count it in updates, not in epochs or examples, and let it come before the end, such "
-            "as hold_zeros_from=round(0.8 * steps).",
+            f"Zeros are held from update {latest} on, but only {steps} are planned: they are never "
+            "held.",
+            "Count hold_zeros_from, or over of l1inf.shrink, in updates, not in epochs or "
+            "examples, and let it come before the end, such as round(0.8 * steps).",
         )
 
 
@@ -501,31 +502,34 @@ def _projected_elsewhere(columns: list[_Columns], step: int) -> Iterator[Finding
         )
 
 
-def _few_zeros(columns: list[_Columns], step: int, steps: int | None) -> Iterator[Finding]:
-    """No layer is sparse, although the ball holds its columns back and training has gone on."""
+def _few_zeros(
+    columns: list[_Columns], kept: Sequence[Kept], step: int, steps: int | None
+) -> Iterator[Finding]:
+    """Layers that are not sparse, although the ball holds them back and training has gone on."""
     if step < (_ENOUGH if steps is None else steps):
         return
-    entries = nonzero = 0
+    held = {path for ball in kept for path in ball.radii if ball.holds(path) is not None}
+    entries = zeros = 0
     paths = []
     for x in columns:
         on_boundary = x.norms >= x.c * (1 - x.rounding)
-        if len(x.weights) < _SEVERAL or 2 * on_boundary.sum() <= on_boundary.size:
+        is_small = len(x.weights) < _SEVERAL
+        if is_small or x.layer.leaf_path in held or 2 * on_boundary.sum() <= on_boundary.size:
             continue
-        kept = int(np.count_nonzero(x.weights))
-        if kept <= (1 - _FEW_ZEROS) * x.weights.size:
-            return
-        entries, nonzero = entries + x.weights.size, nonzero + kept
-        paths.append(x.layer.path)
+        zeros_here = int(np.sum(x.weights == 0))
+        if zeros_here < _FEW_ZEROS * x.weights.size:
+            entries, zeros = entries + x.weights.size, zeros + zeros_here
+            paths.append(x.layer.path)
     if paths:
         yield Finding(
             "few zeros",
             "warning",
             tuple(paths),
-            f"After {step} updates most columns are on the boundary, but only {entries - nonzero} "
-            f"of {entries} weights are exactly zero.",
-            "Let the learning rate fall to zero, as noise lifts entries off zero faster than large "
-            "steps put them back; or choose a smaller c, let it fall by a schedule and then hold "
-            "the zeros with hold_zeros_from.",
+            f"After {step} updates most columns are on the boundary, but only {zeros} of {entries} "
+            "weights are exactly zero: minibatches lift them, and nothing holds them.",
+            "Let the radius fall and hold what it makes zero, c=l1inf.shrink(to=c, over=steps // "
+            "2), with a learning rate that ends at zero. Of a network that is trained, project "
+            "once more, onto 0.9 c.",
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,10 @@ class LayerSparsity:
         columns: Number of units.
         columns_on_boundary: How many of them have a norm of c, to rounding; None if no c was given.
         empty_columns: How many of them have neither bias nor weights: units that are constant 0.
-        inputs: Number of rows below the bias.
+        inputs: Number of rows below the bias. A convolution has one for each place and channel of
+            its window, a stack of layers those of all its members.
         unused_inputs: How many of them no unit looks at.
+        used: Boolean, (inputs,), after batch axes: which inputs a unit looks at; None in a total.
     """
 
     path: str
@@ -47,11 +50,17 @@ class LayerSparsity:
     empty_columns: int
     inputs: int
     unused_inputs: int
+    used: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def sparsity(self) -> float:
         """Percentage of entries that are exactly zero."""
         return 100 * self.zeros / max(self.entries, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its attributes but ``used``, and `sparsity`: what JSON, loggers and data frames take."""
+        fields = (field.name for field in dataclasses.fields(self) if field.name != "used")
+        return {name: getattr(self, name) for name in fields} | {"sparsity": self.sparsity}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +86,64 @@ class SparsityReport:
         counts: dict[str, Any] = {
             field.name: added(field.name)
             for field in dataclasses.fields(LayerSparsity)
-            if field.name not in ("path", "shape", "largest_norm")
+            if field.name not in ("path", "shape", "largest_norm", "used")
         }
         norm = max((layer.largest_norm for layer in self.layers), default=0.0)
         return LayerSparsity("total", None, largest_norm=norm, **counts)
+
+    def used_inputs(self, layer: str, names: Sequence[str] | None = None) -> Any:
+        """The inputs that a layer looks at; `unused_inputs` are the others.
+
+        Args:
+            layer: Its path, or the end of it: ``"hidden_0"`` for ``"params/hidden_0"``.
+            names: Names of the inputs, such as the columns of a data frame, or None.
+
+        Returns:
+            Their indices, int64, (k,), ascending, or a list of their names. Of a stack of layers,
+            (k, n + 1), the indices along n batch axes first.
+
+        Raises:
+            ValueError: No layer, or more than one, has this path; there is not a name for each
+                input.
+
+        Example:
+            >>> import jax.numpy as jnp, l1inf_optax as l1inf
+            >>> V = jnp.array([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
+            >>> report = l1inf.sparsity_report({"hidden": {"augmented_kernel": V}})
+            >>> report.used_inputs("hidden")
+            array([0, 2])
+            >>> report.used_inputs("hidden", ["age", "height", "weight"])
+            ['age', 'weight']
+            >>> report.unused_inputs("hidden", ["age", "height", "weight"])
+            ['height']
+        """
+        return _named_indices(self._layer(layer), names, used=True)
+
+    def unused_inputs(self, layer: str, names: Sequence[str] | None = None) -> Any:
+        """The inputs that a layer does not look at, as :meth:`used_inputs` gives the others."""
+        return _named_indices(self._layer(layer), names, used=False)
+
+    def _layer(self, path: str) -> LayerSparsity:
+        exact = [layer for layer in self.layers if layer.path == path]
+        found = exact or [x for x in self.layers if f"/{x.path}".endswith(f"/{path}")]
+        if len(found) != 1:
+            paths = ", ".join(layer.path or "(root)" for layer in self.layers)
+            raise ValueError(
+                f"layer={path!r} is the path of {len(found)} layers: name one of {paths}"
+            )
+        return found[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as numbers: ``"layers"``, a list of rows for a data frame, and ``"total"``.
+
+        Example:
+            >>> import jax.numpy as jnp, l1inf_optax as l1inf
+            >>> report = l1inf.sparsity_report({"hidden": {"augmented_kernel": jnp.eye(3)}})
+            >>> report.to_dict()["total"]["zeros"], report.to_dict()["layers"][0]["path"]
+            (6, 'hidden')
+        """
+        rows = [layer.to_dict() for layer in self.layers]
+        return {"layers": rows, "total": self.total.to_dict(), "threshold": self.threshold}
 
     def __str__(self) -> str:
         rows = self._rows()
@@ -144,6 +207,19 @@ class SparsityReport:
         return rows
 
 
+def _named_indices(layer: LayerSparsity, names: Sequence[str] | None, *, used: bool) -> Any:
+    mask = np.asarray(layer.used) == used
+    indices = np.argwhere(mask) if mask.ndim > 1 else np.flatnonzero(mask)
+    if names is None:
+        return indices
+    if len(names) != mask.shape[-1]:
+        raise ValueError(
+            f"names has {len(names)} entries, but {layer.path!r} has {mask.shape[-1]} inputs: give "
+            "one for each"
+        )
+    return [names[i] for i in (indices if mask.ndim == 1 else indices[:, -1])]
+
+
 def sparsity_report(
     params: Any,
     *,
@@ -204,11 +280,7 @@ def _count(layer: Layer, leaves: list[Any], c: Any, threshold: float | None) -> 
     pieces = [np.abs(np.asarray(x, np.float64)) for x in layer.columns(leaves)]
     kernel = pieces[-1]
     itemsize = np.asarray(leaves[layer.kernels[0]]).dtype.itemsize
-    batch = tuple(
-        i
-        for i in range(kernel.ndim)
-        if i not in layer.reduction_axes and i not in layer.output_axes
-    )
+    batch = layer.batch_axes
     order = (*batch, *layer.reduction_axes, *layer.output_axes)
     batch_shape = tuple(kernel.shape[i] for i in batch)
     units = int(np.prod([kernel.shape[i] for i in layer.output_axes]))
@@ -220,6 +292,7 @@ def _count(layer: Layer, leaves: list[Any], c: Any, threshold: float | None) -> 
 
     v = np.concatenate([matrix(x) for x in pieces], axis=-2)
     weights = v[..., int(layer.has_bias_row or layer.bias is not None) :, :]
+    used = (weights != 0).any(-1)
     # The axes that are left keep the kernel's order, in which c is given.
     norms = sum(x.sum(layer.reduction_axes) for x in pieces)
     on_boundary = None
@@ -238,5 +311,6 @@ def _count(layer: Layer, leaves: list[Any], c: Any, threshold: float | None) -> 
         columns_on_boundary=on_boundary,
         empty_columns=int((norms == 0).sum()),
         inputs=int(np.prod(weights.shape[:-1])),
-        unused_inputs=int((weights == 0).all(-1).sum()),
+        unused_inputs=int((~used).sum()),
+        used=used,
     )

@@ -25,12 +25,12 @@ from l1inf_optax.experiments.data import synthetic
 from l1inf_optax.linen import AugmentedMLP
 from tests.benchmarks import bench_zeros
 
-SHARES = (0.0, 1e-3, 0.01, 0.03)
+SHARES = (0.0, 0.01, 0.03, 0.1)
 Rate = Callable[[Any], Any]
 
 # --- least squares in a ball ----------------------------------------------------------------------
 
-SAMPLES, ENTRIES, TRUE = 120, 300, 12
+SAMPLES, ENTRIES, TRUE = 120, 300, 36
 CONVEX_STEPS = 12_000
 CONVEX: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": lambda rate: optax.sgd(rate(0.1)),

@@ -147,7 +147,7 @@ def runs() -> dict[str, Run]:
     for name, (optimizer, readout) in OPTIMIZERS.items():
         for batch in (50, SAMPLES):
             for radius, (c, hold) in RADII.items():
-                tx = l1inf.constrain(optimizer(), layers(c), hold_zeros_from=hold)
+                tx = l1inf.constrain(optimizer(), layers(c), stickiness=0.0, hold_zeros_from=hold)
                 first = WIDE if callable(c) else c
                 table[f"{name} | {batch} | {radius}"] = Run(tx, first, readout, batch, batch)
     return table
@@ -158,7 +158,7 @@ def alternatives() -> dict[str, Run]:
 
     def run(optimizer: optax.GradientTransformation, **more: Any) -> Run:
         project = l1inf.keep_params_in_l1inf_ball(
-            layers(falling), hold_zeros_from=more.pop("hold", None)
+            layers(falling), stickiness=0.0, hold_zeros_from=more.pop("hold", None)
         )
         settings = {"batch": 50, "last_batch": 50, **more}
         return Run(optax.chain(optimizer, project), WIDE, readout, **settings)

@@ -493,15 +493,16 @@ def test_layers_of_one_shape_are_projected_as_if_alone():
             chex.assert_trees_all_equal(together[name], optax.apply_updates(layer, alone))
 
 
-def test_the_state_is_a_pytree_of_arrays_that_orbax_restores(tmp_path):
+@pytest.mark.parametrize("c", [1.0, l1inf.shrink(zeros=0.9, over=3)], ids=["number", "shrink"])
+def test_the_state_is_a_pytree_of_arrays_that_orbax_restores(tmp_path, c):
     import orbax.checkpoint as ocp
 
     params, _ = task()
-    tx = optax.chain(optax.adam(1e-3), KEEP({"hidden_*": 1.0}))
+    tx = optax.chain(optax.adam(1e-3), KEEP({"hidden_*": c}))
     _, state = tx.update(params, tx.init(params), params)
-    step, *thresholds = jax.tree.leaves(state[1])
+    step, *arrays = jax.tree.leaves(state[1])
     assert step == 1
-    assert [t.shape for t in thresholds] == [(16,)]
+    assert [x.shape for x in arrays] == [(16,), (16,), *([] if c == 1.0 else [(), ()])]
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
@@ -726,9 +727,16 @@ def stuck(p, u, c, d, share):
     return np.where(sticks, 0, kept), sure
 
 
+def after_larger_steps(ball):
+    """A state in which any threshold that follows is small."""
+    largest = jax.tree.map(lambda t: jnp.full_like(t, 1e9), ball.largest_thresholds)
+    return ball._replace(step=jnp.int32(1), largest_thresholds=largest)
+
+
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("metric", [False, True])
 @pytest.mark.parametrize("share", [1e-4, 0.01, 0.2])
-def test_a_zero_sticks_unless_a_smaller_ball_would_let_it_go(share, metric):
+def test_a_zero_sticks_to_small_steps_unless_a_smaller_ball_would_let_it_go(share, metric, small):
     rng = np.random.default_rng(0)
     p = rng.normal(size=(40, 60)) * (rng.random((40, 60)) < 0.3)
     p *= 0.5 * rng.uniform(0.9, 1, 60) / np.abs(p).sum(0)  # inside by up to a tenth
@@ -742,14 +750,33 @@ def test_a_zero_sticks_unless_a_smaller_ball_would_let_it_go(share, metric):
         stickiness=share,
     )
     params = {"augmented_kernel": jnp.asarray(p)}
-    updates, _ = tx.update({"augmented_kernel": jnp.asarray(u)}, tx.init(params), params)
+    state = tx.init(params)
+    if small:
+        state = state._replace(ball=after_larger_steps(state.ball))
+    updates, _ = tx.update({"augmented_kernel": jnp.asarray(u)}, state, params)
     w = np.asarray(optax.apply_updates(params, updates)["augmented_kernel"])
-    expected, sure = stuck(p, u, 0.5, d.astype(np.float64), share)
+    expected, sure = stuck(p, u, 0.5, d.astype(np.float64), share if small else 0)
     np.testing.assert_array_equal((w == 0)[sure], (expected == 0)[sure])
     np.testing.assert_allclose(w[sure], expected[sure], atol=1e-6)
     assert (norms(w) <= 0.5).all()
     was_zero = (p == 0).sum()
     assert 0 < ((p == 0) & (w == 0)).sum() < was_zero
+
+
+def test_steps_are_small_at_a_fiftieth_of_the_largest_threshold():
+    """But for that of the first update, which may have come from outside."""
+    p = jnp.asarray([[0.5], [0.0], [0.0]])
+    tx = KEEP(0.5, stickiness=0.2)
+    params = {"augmented_kernel": 10 * p}
+    state = tx.init(params)
+    sizes = {0.0: False, 0.04: False, 0.0012: False, 0.0007: True, 0.02: False}
+    for size, sticks in sizes.items():
+        # Two entries rise alike and a third falls: the threshold is a third of both rises.
+        u = {"augmented_kernel": jnp.asarray([[0.0], [size], [0.9 * size]])}
+        updates, state = tx.update(u, state, params)
+        moved = optax.apply_updates(params, updates)
+        assert bool((moved["augmented_kernel"][1:] == 0).all()) == (sticks or size == 0)
+        params = {"augmented_kernel": p}
 
 
 STICKY = {
@@ -786,10 +813,10 @@ def test_zeros_outlast_a_learning_rate_that_goes_to_zero(name, dtype):
 
     if dtype == "float32":
         few = nonzero(0.0, 2e-4, dtype)
-        assert nonzero(0.01, 0.0, dtype) <= few + 2 <= 20
+        assert nonzero(0.03, 0.0, dtype) <= few + 2 <= 20
     else:  # in which the gradient itself is noise
         assert nonzero(0.0, 0.0, dtype) >= 80
-        assert nonzero(0.01, 0.0, dtype) <= 60
+        assert nonzero(0.03, 0.0, dtype) <= 60
 
 
 @pytest.mark.parametrize("share", [-0.1, 1, np.nan, "0.1", None])
@@ -804,6 +831,7 @@ def test_stickiness_can_be_set_and_read_as_a_hyperparameter():
     updates = {"augmented_kernel": jnp.asarray([[0.1, 0.004], [0.004, 0.1]])}
     tx = optax.inject_hyperparams(KEEP)(0.5, stickiness=0.1)
     state = tx.init(params)
+    state = state._replace(inner_state=after_larger_steps(state.inner_state))
     landed = optax.apply_updates(params, tx.update(updates, state, params)[0])
     np.testing.assert_allclose(landed["augmented_kernel"], np.eye(2) * 0.5, atol=1e-2)
     assert (np.asarray(landed["augmented_kernel"])[~np.eye(2, dtype=bool)] == 0).all()

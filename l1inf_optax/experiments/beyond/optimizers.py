@@ -251,8 +251,8 @@ def make_task(problem_name: str, optimizer_name: str, projection: str, steps: in
         inner = OPTIMIZERS[optimizer_name](recipes.warm_up_and_decay(rate, RISE, steps))
         radii = {"hidden_*": recipes.falling_radius(c, problem.first, fall), "readout": None}
         if projection == "constrain":
-            return l1inf.constrain(inner, radii, hold_zeros_from=fall)
-        project = l1inf.keep_params_in_l1inf_ball(radii, hold_zeros_from=fall)
+            return l1inf.constrain(inner, radii, stickiness=0.0, hold_zeros_from=fall)
+        project = l1inf.keep_params_in_l1inf_ball(radii, stickiness=0.0, hold_zeros_from=fall)
         return optax.chain(inner, project)
 
     return Task(init, problem.network.apply, problem.loss, optimizer)

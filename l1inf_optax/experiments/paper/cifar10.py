@@ -187,6 +187,7 @@ def make_task(precision: str, learning_rate: float, steps: int) -> Task:
         return l1inf.constrain(
             optax.sgd(rate, momentum=0.9, nesterov=True),
             {"wide_*": radius, "hidden_*": radius},
+            stickiness=0.0,  # zeros are held
             hold_zeros_from=settled,
         )
 

@@ -205,6 +205,7 @@ def make_task(steps: int, hidden: tuple[int, ...] = HIDDEN) -> Task:
         return l1inf.constrain(
             optax.partition(steppers, lambda params: {"params": labels}),
             {**falling, "readout": None},
+            stickiness=0.0,  # zeros are held
             hold_zeros_from=fall,
         )
 

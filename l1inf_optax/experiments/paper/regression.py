@@ -144,6 +144,7 @@ def make_task(steps: int) -> Task:
         return l1inf.constrain(
             optax.partition(adams, lambda params: {"params": {name: name for name in rates}}),
             {"hidden_*": recipes.falling_radius(c, FIRST, fall), "readout": None},
+            stickiness=0.0,  # zeros are held
             hold_zeros_from=fall,
         )
 
