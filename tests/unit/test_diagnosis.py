@@ -390,13 +390,24 @@ def test_a_schedule_that_ends_after_the_last_update_is_well():
     assert not scheduled(optax.exponential_decay(1.0, 100, 0.5)).findings
 
 
-def test_zeros_are_missed_only_after_training_and_in_every_layer():
+def test_zeros_are_missed_after_training_where_fewer_than_half_are():
     def found(updates, params=PARAMS, **kwargs):
-        return names_found(SGD, params, C, state=later(updates), **kwargs)
+        diagnosis = l1inf.diagnose(SGD, params, C, state=later(updates), **kwargs)
+        return [(finding.name, finding.layers) for finding in diagnosis.findings]
 
     assert found(5) == found(99) == found(1000, steps=2000) == []
-    assert found(1000, with_hidden_0(projected_to(1.0))) == [], "this layer is sparse"
-    assert found(2000, steps=2000) == ["few zeros"]
+    assert found(2000, steps=2000) == [("few zeros", ("hidden_0", "hidden_1"))]
+    sparse = with_hidden_0(projected_to(1.0))
+    assert found(1000, sparse) == [("few zeros", ("hidden_1",))], "the other layer is sparse"
+
+
+def test_zeros_are_not_missed_where_they_are_held():
+    for c in ({"hidden_*": 1.0}, {"hidden_*": l1inf.shrink(1.0, over=10, start=1.0)}):
+        hold = None if isinstance(c["hidden_*"], l1inf._schedules.Shrink) else 10
+        tx = l1inf.keep_params_in_l1inf_ball(c, hold_zeros_from=hold)
+        state = tx.init(PARAMS)._replace(step=jnp.int32(1000))
+        assert names_found(tx, PARAMS, c, state=state, steps=1000) == []
+        assert names_found(tx, PARAMS, c, steps=10) == ["zeros never held"]
 
 
 def test_zeros_that_are_held_later_or_beside_biases_are_well():

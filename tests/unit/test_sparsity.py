@@ -1,5 +1,6 @@
 import dataclasses
 import html.parser
+import json
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ PARAMS = {
 def test_every_count_is_the_count_by_hand():
     report = l1inf.sparsity_report(PARAMS, c={"hidden": 1.25}, threshold=1e-3)
     (layer,) = report.layers
-    assert dataclasses.asdict(layer) == {
+    assert layer.used.tolist() == [True, False, True]
+    assert {key: x for key, x in dataclasses.asdict(layer).items() if key != "used"} == {
         "path": "hidden",
         "shape": (4, 4),
         "entries": 16,
@@ -42,6 +44,45 @@ def test_every_count_is_the_count_by_hand():
         "unused_inputs": 1,
     }
     assert layer.sparsity == 62.5
+
+
+def test_inputs_are_named_by_index_or_name():
+    report = l1inf.sparsity_report({"params": PARAMS})
+    names = ["age", "height", "weight"]
+    for path in ("params/hidden", "hidden"):
+        np.testing.assert_array_equal(report.used_inputs(path), [0, 2])
+        np.testing.assert_array_equal(report.unused_inputs(path), [1])
+        assert report.used_inputs(path, names) == ["age", "weight"]
+        assert report.unused_inputs(path, names) == ["height"]
+    for wrong in ("hid", "", "hidden_0"):
+        with pytest.raises(ValueError, match=r"layer=.* 0 layers: name one of params/hidden, "):
+            report.used_inputs(wrong)
+    with pytest.raises(ValueError, match="names has 2 entries, but 'params/hidden' has 3 inputs"):
+        report.used_inputs("hidden", names[:2])
+    twice = l1inf.sparsity_report({"a": PARAMS, "b": PARAMS})
+    with pytest.raises(ValueError, match="2 layers: name one of a/hidden"):
+        twice.used_inputs("hidden")
+
+
+def test_inputs_of_a_stack_have_the_index_of_their_layer_first():
+    kernel = jnp.zeros((2, 3, 4)).at[1, 2, 0].set(1).at[0, 1, 3].set(1)
+    layers = {"*": l1inf.LayerDimensionNumbers(1, 2)}
+    report = l1inf.sparsity_report({"kernel": kernel}, layers=layers)
+    path = report.layers[0].path
+    np.testing.assert_array_equal(report.used_inputs(path), [[0, 1], [1, 2]])
+    assert report.used_inputs(path, list("abc")) == ["b", "c"]
+
+
+def test_a_report_is_rows_of_numbers():
+    report = l1inf.sparsity_report(PARAMS, c={"hidden": 1.25}, threshold=1e-3)
+    as_dict = json.loads(json.dumps(report.to_dict()))
+    (row,) = as_dict["layers"]
+    assert row["path"] == "hidden"
+    assert row["zeros"] == as_dict["total"]["zeros"] == 10
+    assert row["sparsity"] == 62.5
+    assert as_dict["threshold"] == 1e-3
+    assert {type(x) for x in row.values()} <= {str, int, float, list}
+    assert "used" not in row
 
 
 def test_without_a_radius_every_layer_is_reported_and_no_boundary():
