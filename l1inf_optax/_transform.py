@@ -88,27 +88,26 @@ def keep_params_in_l1inf_ball(
     update takes them there.
 
     Args:
-        c: The normalization constant: a number; an optax schedule, from the number of updates so
-            far to a number; or a mapping from globs over the layers' paths to one of these or
-            None. The first match wins; None, like no match, leaves a layer free. A plain number
-            constrains every layer, the output layer too, which the paper leaves free:
-            ``c={"hidden_*": 1.0}`` does not.
+        c: The normalization constant: a number; a :func:`shrink`, which makes layers sparse; an
+            optax schedule, from the number of updates so far to a number; or a mapping from globs
+            over the layers' paths to one of these or None. The first match wins; None, like no
+            match, leaves a layer free. A plain number constrains every layer, the output layer
+            too, which the paper leaves free: ``c={"hidden_*": 1.0}`` does not.
         layers: Which leaves make one augmented matrix. ``None`` finds the layers of Flax (Linen and
             NNX), Haiku, Equinox and this library by their names; anything else is said with
             :class:`LayerDimensionNumbers`: a mapping from globs over the leaves' paths, a pytree,
             or a function from the parameters to either.
         method: As in :func:`projection_l1inf_ball`.
-        stickiness: In a column on its sphere a zero stays zero unless it would be a survivor in a
-            ball smaller by this share, too: unless the step lifts it above ``stickiness c / k``,
-            that share of the mean of the k survivors. Minibatch noise does not, and neither do
-            steps of a learning rate that goes to zero, which leave every entry a little off zero
-            otherwise. 0.01 makes most of a network zeros at the same error. Columns that are
-            inside by no more than this share count as on the sphere. 0 for none.
+        stickiness: Once steps are small, a zero in a column on its sphere stays zero unless it
+            would be a survivor in a ball smaller by this share, too: unless the step lifts it above
+            ``stickiness c / k``, that share of the mean of the k survivors. Minibatch noise does
+            not, and neither do steps of a learning rate that goes to zero. Steps are small where
+            the threshold is a fiftieth of the column's largest so far; before that every entry can
+            come back. Columns that are inside by no more than this share count as on the sphere.
+            0 for none.
         hold_zeros_from: ``None``, or the number of updates after which parameters of constrained
-            layers that are exactly zero stay zero. Minibatch noise lifts entries off zero faster
-            than a decaying step size puts them back. While c shrinks, every column stays on its
-            boundary and the ball chooses the zeros; held from then on, the others are fitted
-            without them, as in the relaxed lasso. Zeros must not be held from a start at zero.
+            layers that are exactly zero stay zero, biases too: a :func:`shrink` by hand, for radii
+            that fall by a schedule. Zeros must not be held from a start at zero.
 
     Returns:
         A `optax.GradientTransformation`. The updates keep their dtypes, except that updates less

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ OPTIMIZERS = {
         optax.sgd(0.1, momentum=0.9), l1inf.keep_params_in_l1inf_ball(1.0)
     ),
     "adam": lambda: l1inf.constrain(optax.adam(1e-2), 1.0),
+    "shrink": lambda: l1inf.constrain(optax.adam(1e-2), l1inf.shrink(zeros=0.5, over=6)),
 }
 
 
@@ -203,6 +205,27 @@ def test_a_loop_of_updates_keeps_its_types_under_explicit_sharding():
     for layer in params.values():
         columns = np.vstack([layer["bias"], layer["kernel"]])
         assert all(oracle.norm64(column) <= 1 for column in columns.T)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["columns", "rows", "both"])
+def test_a_radius_that_falls_does_so_as_on_one_device(layout, mode):
+    tx, start, where = OPTIMIZERS["shrink"](), tree(0), mesh(mode)
+
+    def trained(place):
+        params, state = place(start), tx.init(place(start))
+        update = jax.jit(tx.update)
+        for i in range(1, 9):
+            updates, state = update(place(tree(i)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state.ball.shrinking
+
+    params, expected = trained(lambda x: x)
+    assert max(jax.tree.leaves(expected.held_from)) < 8
+    with jax.set_mesh(where):
+        placed_params, shrinking = trained(partial(placed, mesh=where, layout=layout))
+    chex.assert_trees_all_close(placed_params, params, atol=1e-5)
+    chex.assert_trees_all_close(shrinking, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

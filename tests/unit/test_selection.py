@@ -98,6 +98,17 @@ def test_scores_are_those_of_a_plain_loop():
     np.testing.assert_allclose(result.scores, expected, rtol=2e-4)
 
 
+def test_a_radius_that_falls_ends_at_each_candidate():
+    init, apply, loss, _ = MODEL
+
+    def optimizer(c):
+        return l1inf.constrain(optax.sgd(RATE), l1inf.shrink(c, over=EPOCHS // 4, start=4 * c))
+
+    result = cross_validate(init, apply, loss, optimizer, X, Y, RADII, **{**OPTIONS, "cv": 3})
+    fixed = validate(RADII, cv=3)
+    np.testing.assert_allclose(result.mean, fixed.mean, rtol=0.1)
+
+
 def test_it_works_with_64_bits(x64):
     splitter = KFold(4, shuffle=True, random_state=5)
     result = cross_validate(*MODEL, X, Y, RADII, cv=splitter, **OPTIONS)
