@@ -20,6 +20,7 @@ import optax
 from l1inf_optax import _layers, _optimizers
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
 from l1inf_optax._projection.arguments import check_radius
+from l1inf_optax._schedules import Shrink
 from l1inf_optax._transform import (
     ConstrainState,
     KeepParamsInL1InfBallState,
@@ -195,7 +196,7 @@ def diagnose(
         *_output_layer(found, constrained, c),
         *_vanishing_c(constrained, steps),
         *_small_c(columns),
-        *([] if dead or elsewhere else _large_c(columns)),
+        *([] if dead or elsewhere else _large_c(columns, kept)),
         *dead,
         *_biases(columns),
         *_few_zeros(columns, kept, step, steps),
@@ -607,8 +608,12 @@ def _small_c(columns: list[_Columns]) -> Iterator[Finding]:
             return
 
 
-def _large_c(columns: list[_Columns]) -> Iterator[Finding]:
-    used = [float((x.norms / x.c).max(initial=0)) for x in columns if np.isfinite(x.c).all()]
+def _large_c(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[Finding]:
+    used = [
+        float((x.norms / x.c).max(initial=0))
+        for x in columns
+        if np.isfinite(x.c).all() and not _shrinks(x.layer, kept)
+    ]
     if used and max(used) < 0.5:
         yield Finding(
             "c too large",
@@ -618,6 +623,11 @@ def _large_c(columns: list[_Columns]) -> Iterator[Finding]:
             "and there are no zeros.",
             "Choose a smaller c (l1inf.selection.cross_validate finds one).",
         )
+
+
+def _shrinks(layer: Layer, kept: Sequence[Kept]) -> bool:
+    """Whether a layer's radius falls by itself: at first it may be as wide as one likes."""
+    return any(isinstance(ball.radii.get(layer.leaf_path), Shrink) for ball in kept)
 
 
 def _dead_units(columns: list[_Columns]) -> Iterator[Finding]:

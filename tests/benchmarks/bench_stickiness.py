@@ -1,10 +1,10 @@
-"""How the default of ``stickiness`` was chosen.
+"""How the default of ``stickiness`` was chosen, and what makes zeros.
 
-`python -m tests.benchmarks.bench_stickiness` prints Markdown tables, each with one line for every
-stickiness: what is left that is not zero on a convex problem for every covered optimizer, and how
-far its loss is above the constrained optimum; zeros and errors of the README's example, of a small
-network on real digits, of the paper's classification and of its regression. Names of tables, such
-as ``convex``, print these alone.
+`python -m tests.benchmarks.bench_stickiness` prints Markdown tables: for every covered optimizer
+how many entries of a convex problem's solution are not zero, and how far its loss is above the
+constrained optimum; programs for the README's example; and for some values of stickiness zeros and
+errors of that example, of a small network on real digits, of the paper's classification and of its
+regression. Names of tables, such as ``convex``, print these alone.
 """
 
 from __future__ import annotations
@@ -201,25 +201,76 @@ def network_table(
     print()
 
 
+def sine(x: jax.Array) -> jax.Array:
+    """What the README's example learns: two of 500 inputs matter."""
+    return jnp.sin(3 * x[:, :1]) + x[:, 1:2]
+
+
+def squared(outputs: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.mean((outputs - y) ** 2)
+
+
+def on_sine(key: jax.Array, tx: Any, c: float | None, batch: int, steps: int) -> jax.Array:
+    """Zeros in percent, unused inputs, error on fresh data; without c a start outside the ball."""
+    model, keys = AugmentedMLP((64, 1)), jax.random.split(key, 3)
+    x = jax.random.uniform(keys[0], (400, 500), minval=-1)
+    fresh = jax.random.uniform(keys[1], (4000, 500), minval=-1)
+    params = model.init(keys[2], x)
+    if c is not None:
+        params = l1inf.project_params(params, {"hidden_*": c})
+    params = train(model, params, tx, squared, (x, sine(x)), batch, steps)
+    unused = (hidden(params)[0][1:] == 0).all(1).sum()
+    return jnp.stack(
+        [100 * zeros(params), unused, squared(model.apply(params, fresh), sine(fresh))]
+    )
+
+
+def programs(shares: tuple[float, ...]) -> None:
+    print("Programs for the README's example, means of three draws\n")
+    print("| program | zeros, % | unused of 500 | error |\n| --- | --- | --- | --- |")
+
+    def row(name: str, tx: Any, c: float | None, batch: int, steps: int) -> None:
+        results = jax.jit(jax.vmap(lambda key: on_sine(key, tx, c, batch, steps)))(
+            jax.random.split(jax.random.key(0), 3)
+        )
+        cells = " | ".join(f"{x:.4g}" for x in np.asarray(results).mean(0))
+        print(f"| {name} | {cells} |", flush=True)
+
+    def momentum(rate: Any) -> Any:
+        return optax.sgd(rate, momentum=0.9)
+
+    long = functools.partial(optax.cosine_decay_schedule, decay_steps=3000)
+    rate = optax.cosine_decay_schedule(3e-3, 1500)
+    for share in (0.0, 0.03):
+        fixed = functools.partial(
+            l1inf.constrain, c={"hidden_*": 0.1, "readout": None}, stickiness=share
+        )
+        label = f"c = 0.1, stickiness {share:g}"
+        row(f"momentum, full batch, 300 steps, {label}", fixed(momentum(0.05)), 0.1, 400, 300)
+        row(f"momentum, batches of 32, 3,000, {label}", fixed(momentum(long(0.05))), 0.1, 32, 3000)
+        row(
+            f"Adam, batches of 32, 3,000 steps, {label}",
+            fixed(optax.adam(long(3e-3))),
+            0.1,
+            32,
+            3000,
+        )
+    for name, c in {
+        "shrink(0.1, over=750)": l1inf.shrink(0.1, over=750),
+        "shrink(zeros=0.97, over=750)": l1inf.shrink(zeros=0.97, over=750),
+        "shrink(0.1, over=750, release=1.0)": l1inf.shrink(0.1, over=750, release=1.0),
+        "no constraint": jnp.inf,
+    }.items():
+        tx = l1inf.constrain(optax.adam(rate), {"hidden_*": c})
+        row(f"Adam, batches of 32, 1,500 steps, {name}", tx, None, 32, 1500)
+    print()
+
+
 def readme(shares: tuple[float, ...]) -> None:
     print("README's example, 64 units, batches of 32, 3,000 steps, cosine to 0\n")
-    model = AugmentedMLP((64, 1))
-
-    def target(x: jax.Array) -> jax.Array:
-        return jnp.sin(3 * x[:, :1]) + x[:, 1:2]
 
     def trial(key: jax.Array, tx: Any, c: float) -> jax.Array:
-        keys = jax.random.split(key, 3)
-        x, fresh = (
-            jax.random.uniform(k, (n, 500), minval=-1)
-            for k, n in zip(keys, (400, 2000), strict=False)
-        )
-        params = l1inf.project_params(model.init(keys[2], x), {"hidden_*": c})
-        loss = functools.partial(lambda out, y: jnp.mean((out - y) ** 2))
-        params = train(model, params, tx, loss, (x, target(x)), 32, 3000)
-        unused = (hidden(params)[0][1:] == 0).all(1).sum()
-        error = loss(model.apply(params, fresh), target(fresh))
-        return jnp.stack([100 * zeros(params), unused, error])
+        return on_sine(key, tx, c, 32, 3000)
 
     network_table("zeros, % | unused of 500 | error", (0.1,), 3000, trial, shares)
 
@@ -293,7 +344,7 @@ def regression(shares: tuple[float, ...]) -> None:
     print()
 
 
-TABLES = {f.__name__: f for f in (convex, readme, digits, classification, regression)}
+TABLES = {f.__name__: f for f in (convex, programs, readme, digits, classification, regression)}
 
 
 def asked() -> Iterator[Callable[[tuple[float, ...]], None]]:

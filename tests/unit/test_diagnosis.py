@@ -301,7 +301,9 @@ def test_the_network_that_the_readme_trains_is_well():
     names = {}
     exec(re.findall(r"```python\n(.*?)```", readme, re.DOTALL)[0], names)
     tx, params, state, c = (names[key] for key in ("tx", "params", "state", "c"))
-    nothing_wrong(tx, params, c, state=state, grads=names["gradient"](params))
+    x, y, model = (names[key] for key in ("x", "y", "model"))
+    grads = jax.grad(lambda params: jnp.mean((model.apply(params, x) - y) ** 2))(params)
+    nothing_wrong(tx, params, c, state=state, grads=grads, steps=1500)
 
 
 @pytest.mark.parametrize(
@@ -399,6 +401,13 @@ def test_zeros_are_missed_after_training_where_fewer_than_half_are():
     assert found(2000, steps=2000) == [("few zeros", ("hidden_0", "hidden_1"))]
     sparse = with_hidden_0(projected_to(1.0))
     assert found(1000, sparse) == [("few zeros", ("hidden_1",))], "the other layer is sparse"
+
+
+def test_a_radius_that_falls_may_start_far_above_every_norm():
+    c = {"hidden_*": l1inf.shrink(1.0, over=10, start=1000.0)}
+    nothing_wrong(l1inf.keep_params_in_l1inf_ball(c), PARAMS, c)
+    wide = {"hidden_*": 1000.0}
+    assert names_found(l1inf.keep_params_in_l1inf_ball(wide), PARAMS, wide) == ["c too large"]
 
 
 def test_zeros_are_not_missed_where_they_are_held():
