@@ -163,15 +163,17 @@ def shrink(
     for name, radius in (("to", to), ("start", start), ("release", release)):
         if radius is not None:
             check_radius(radius, columns=(), name=name)
-    if start is not None and _is_known(start) and not np.isfinite(start):
-        raise ValueError(f"start={brief(start)} is not finite: give the first radius, or None")
     if zeros is not None:
         what = "the share of the weights that are to be zero, such as 0.9"
         check_share("zeros", zeros, what, may_be_zero=False)
-    if start is not None and to is not None and _is_known(start - to) and start < to:
-        raise ValueError(
-            f"start={brief(start)} is less than to={brief(to)}: a radius falls from start to to"
-        )
+    end = 0.0 if to is None else to
+    if start is not None and _is_known(start - end):
+        if start < end:
+            raise ValueError(
+                f"start={brief(start)} is less than to={brief(to)}: a radius falls from start to to"
+            )
+        if start == jnp.inf > end:
+            raise ValueError(f"start={brief(start)} is not finite: give the first radius, or None")
     if release is not None and not hold:
         raise ValueError(
             f"release={brief(release)} with hold=False: in a larger ball zeros would be lost. Hold "

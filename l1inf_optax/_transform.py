@@ -36,6 +36,25 @@ _SMALL = 0.02  # of a column's largest threshold: steps that no longer choose wh
 Projection = Callable[[Callable[..., Arrays], list[Request]], list[Projected]]
 
 
+class _Rules(NamedTuple):
+    """What a transformation was told: arguments of :func:`keep_params_in_l1inf_ball`.
+
+    Attributes:
+        project: Projects requests; `contributing` says how to write one for another ball.
+    """
+
+    project: Projection
+    c: Radii
+    layers: Layers
+    hold_zeros_from: int | None
+    stickiness: float | jax.Array
+
+    @property
+    def sticks(self) -> bool:
+        """Whether zeros may stick; what is traced may be anything."""
+        return isinstance(self.stickiness, jax.Array) or self.stickiness > 0
+
+
 class KeepParamsInL1InfBallState(NamedTuple):
     """State of :func:`keep_params_in_l1inf_ball`.
 
@@ -241,6 +260,7 @@ def constrain(
     ball = keep_params_in_l1inf_ball(
         c, layers=layers, stickiness=stickiness, hold_zeros_from=hold_zeros_from
     )
+    rules = _Rules(project_all, c, layers, hold_zeros_from, stickiness)
 
     def init_fn(params: Any) -> ConstrainState:
         state = inner.init(params)
@@ -276,17 +296,7 @@ def constrain(
                 extra,
                 [layer for layer, _ in chosen],
             )
-        steps, ball_state = _into_ball(
-            project_all,
-            c,
-            layers,
-            hold_zeros_from,
-            stickiness,
-            steps,
-            state.ball,
-            params,
-            slopes,
-        )
+        steps, ball_state = _into_ball(rules, steps, state.ball, params, slopes)
         return steps, ConstrainState(inner_state, ball_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -391,6 +401,7 @@ def _keep_params_in_ball(
         "the share of a survivor's mean below which a zero stays zero, such as 0.01, or 0 for none"
     )
     check_share("stickiness", stickiness, what, may_be_zero=True)
+    rules = _Rules(project, c, layers, hold_zeros_from, stickiness)
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
         step = jnp.zeros([], jnp.int32)
@@ -405,23 +416,17 @@ def _keep_params_in_ball(
         told = _told.get()
         if told is not None:
             told.append(Kept({layer.leaf_path: c for layer, c in chosen}, hold_zeros_from))
-        return _ball_state(
-            params,
-            step,
-            thresholds={layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen},
-            largest={layer.kernels[0]: layer.zeros(leaves) for layer, _ in chosen},
-            shrinking={
-                layer.kernels[0]: radius.begin(layer, leaves)
-                for layer, radius in chosen
-                if isinstance(radius, Shrink)
-            },
-        )
+        memories = {}
+        for layer, radius in chosen:
+            start = radius.begin(layer, leaves) if isinstance(radius, Shrink) else None
+            memories[layer.kernels[0]] = _Memory(layer.zeros(leaves), layer.zeros(leaves), start)
+        return _ball_state(params, step, memories)
 
     def update_fn(
         updates: Any, state: KeepParamsInL1InfBallState, params: Any = None
     ) -> tuple[Any, KeepParamsInL1InfBallState]:
         _check_params(params)
-        return _into_ball(project, c, layers, hold_zeros_from, stickiness, updates, state, params)
+        return _into_ball(rules, updates, state, params)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -463,21 +468,53 @@ def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, 
             "transformation, with these params"
         )
     shrunk = {layer.leaf_path for layer, radius in chosen if isinstance(radius, Shrink)}
-    for path in sorted(shrunk ^ shrink_states([state]).keys()):
+    has_start = {path for path, memory in _memories([state]).items() if memory.shrinking}
+    for path in sorted(shrunk ^ has_start):
         raise ValueError(
             f"state has {'no' if path in shrunk else 'a'} start of a radius that shrinks for "
             f"{path!r}, other than c: take the state from init(params) of this transformation"
         )
 
 
-def shrink_states(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, ShrinkState]:
-    """How far the layers are whose radius shrinks, by the paths of their kernels."""
-    states: dict[str, ShrinkState] = {}
+class _Memory(NamedTuple):
+    """What the state holds of one layer; `KeepParamsInL1InfBallState` says what that is."""
+
+    threshold: jax.Array
+    largest_threshold: jax.Array
+    shrinking: ShrinkState | None
+
+
+def _memories(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, _Memory]:
+    """What states hold of their layers, by the paths of their kernels."""
+    memories = {}
     for ball in balls:
-        if ball.shrinking:
-            starts, held_from = (dict(_layers.named_leaves(field)) for field in ball.shrinking)
-            states |= {path: ShrinkState(starts[path], held_from[path]) for path in starts}
-    return states
+        largest = dict(_layers.named_leaves(ball.largest_thresholds))
+        starts, held_from = (
+            dict(_layers.named_leaves(field)) for field in ball.shrinking or ({}, {})
+        )
+        for path, threshold in _layers.named_leaves(ball.thresholds):
+            shrinks = path in starts
+            shrinking = ShrinkState(starts[path], held_from[path]) if shrinks else None
+            memories[path] = _Memory(threshold, largest[path], shrinking)
+    return memories
+
+
+def _ball_state(
+    params: Any, step: jax.Array, memories: dict[int, _Memory]
+) -> KeepParamsInL1InfBallState:
+    """The state, of what it holds for each layer, by the index of the layer's kernel."""
+    nested = functools.partial(_layers.nested, params)
+    shrinking = {i: m.shrinking for i, m in memories.items() if m.shrinking is not None}
+    fields = (
+        nested({i: getattr(own, field) for i, own in shrinking.items()})
+        for field in ShrinkState._fields
+    )
+    return KeepParamsInL1InfBallState(
+        step,
+        nested({i: memory.threshold for i, memory in memories.items()}),
+        nested({i: memory.largest_threshold for i, memory in memories.items()}),
+        ShrinkState(*fields) if shrinking else (),
+    )
 
 
 def as_schedules(
@@ -490,33 +527,17 @@ def as_schedules(
     How far these are is in ``balls``; without them they start from the norms of ``params``.
     """
     leaves, _ = _layers.flatten(params)
-    states = shrink_states(balls)
+    memories = _memories(balls)
 
     def schedule(layer: Layer, radius: Radius) -> Radius:
         if not isinstance(radius, Shrink):
             return radius
-        state = states.get(layer.leaf_path) or radius.begin(layer, leaves)
+        memory = memories.get(layer.leaf_path)
+        known = None if memory is None else memory.shrinking
+        state = radius.begin(layer, leaves) if known is None else known
         return lambda step: layer.for_columns(radius.radius(state, step))
 
     return [(layer, schedule(layer, radius)) for layer, radius in chosen]
-
-
-def _ball_state(
-    params: Any,
-    step: jax.Array,
-    thresholds: dict[int, jax.Array],
-    largest: dict[int, jax.Array],
-    shrinking: dict[int, ShrinkState],
-) -> KeepParamsInL1InfBallState:
-    """The state, made of what it holds for each layer, by the index of the layer's kernel."""
-    nested = functools.partial(_layers.nested, params)
-    fields = (
-        nested({i: getattr(own, field) for i, own in shrinking.items()})
-        for field in ShrinkState._fields
-    )
-    return KeepParamsInL1InfBallState(
-        step, nested(thresholds), nested(largest), ShrinkState(*fields) if shrinking else ()
-    )
 
 
 class Kept(NamedTuple):
@@ -600,11 +621,7 @@ def last_step(balls: Sequence[KeepParamsInL1InfBallState]) -> int:
 
 
 def _into_ball(
-    project: Projection,
-    c: Radii,
-    layers: Layers,
-    hold_zeros_from: int | None,
-    stickiness: float | jax.Array,
+    rules: _Rules,
     updates: Any,
     state: KeepParamsInL1InfBallState,
     params: Any,
@@ -620,57 +637,66 @@ def _into_ball(
             "pass the parameters that the gradients belong to"
         )
     slope_leaves = None if slopes is None else _layers.flatten(slopes)[0]
-    chosen = _layers.constrained_layers(params, c, layers)
+    chosen = _layers.constrained_layers(params, rules.c, rules.layers)
     _check_belongs(state, chosen)
-    fallen = shrink_states([state])
-    starts = dict(_layers.named_leaves(state.thresholds))
-    largest_before = dict(_layers.named_leaves(state.largest_thresholds))
-    sticks = isinstance(stickiness, jax.Array) or stickiness > 0
-    requests = []
-    shrinking: dict[int, ShrinkState] = {}
+    memories = _memories([state])
+    requests, fallen = [], []
     for layer, radius in chosen:
-        ps, us = layer.columns(params_leaves), layer.columns(leaves)
-        if hold_zeros_from is not None:
-            is_held = state.step >= hold_zeros_from
-            us = _unmoved(us, tuple((p == 0) & is_held for p in ps))
-        if isinstance(radius, Shrink):
-            zeros = layer.zero_weights(ps)
-            own = radius.advance(fallen[layer.leaf_path], state.step, layer.share_of_zeros(zeros))
-            shrinking[layer.kernels[0]] = own
-            if radius.hold:
-                is_held = layer.for_entries(state.step >= own.held_from)
-                us = _unmoved(us, tuple(zero & is_held for zero in zeros))
-            radius = layer.for_columns(radius.radius(own, state.step))
+        operands = layer.columns(params_leaves), layer.columns(leaves)
+        if rules.hold_zeros_from is not None:
+            is_held = state.step >= rules.hold_zeros_from
+            operands = _unmoved(operands, tuple((p == 0) & is_held for p in operands[0]))
+        memory = memories[layer.leaf_path]
+        c, shrinking, operands = _at_step(layer, radius, memory.shrinking, state.step, operands)
         slope = None if slope_leaves is None else layer.columns(slope_leaves)
-        requests.append(
-            Request(
-                operands=(ps, us),
-                c=radius_at(radius, state.step),
-                axes=layer.reduction_axes,
-                start=starts[layer.leaf_path],
-                slope=None if slope is None else _at_most_one(slope, layer.reduction_axes),
-                near=_near(stickiness, ps) if sticks else 0.0,
-            )
+        request = Request(
+            operands=operands,
+            c=c,
+            axes=layer.reduction_axes,
+            start=memory.threshold,
+            slope=None if slope is None else _at_most_one(slope, layer.reduction_axes),
+            near=_near(rules.stickiness, operands[0]) if rules.sticks else 0.0,
         )
-    thresholds, largest = {}, {}
-    for (layer, _), request, projected in zip(
-        chosen, requests, project(_all_stepped, requests), strict=True
+        requests.append(request)
+        fallen.append(shrinking)
+    after = {}
+    for (layer, _), request, shrinking, projected in zip(
+        chosen, requests, fallen, rules.project(_all_stepped, requests), strict=True
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         landing = tuple(map(land, *request.operands, projected.parts))
-        most = jnp.maximum(largest_before[layer.leaf_path], projected.threshold)
-        most = jnp.where(state.step > 0, most, 0)
-        if sticks:
-            landing = _with_zeros_that_stick(landing, request, projected, stickiness, most)
+        largest = jnp.maximum(memories[layer.leaf_path].largest_threshold, projected.threshold)
+        largest = jnp.where(state.step > 0, largest, 0)
+        if rules.sticks:
+            landing = _with_zeros_that_stick(landing, request, projected, rules.stickiness, largest)
         layer.put(landing, leaves)
-        thresholds[layer.kernels[0]], largest[layer.kernels[0]] = projected.threshold, most
-    step = optax.safe_increment(state.step)
-    ball = _ball_state(params, step, thresholds, largest, shrinking)
+        after[layer.kernels[0]] = _Memory(projected.threshold, largest, shrinking)
+    ball = _ball_state(params, optax.safe_increment(state.step), after)
     return jax.tree.unflatten(structure, leaves), ball
 
 
-def _unmoved(updates: Arrays, where: Arrays) -> Arrays:
-    return tuple(jnp.where(stays, 0, u) for stays, u in zip(where, updates, strict=True))
+def _at_step(
+    layer: Layer,
+    radius: Radius,
+    shrinking: ShrinkState | None,
+    step: jax.Array,
+    operands: tuple[Arrays, Arrays],
+) -> tuple[Any, ShrinkState | None, tuple[Arrays, Arrays]]:
+    """What a radius is at an update, its state then, and the operands, its zeros held."""
+    if not isinstance(radius, Shrink) or shrinking is None:
+        return radius_at(radius, step), None, operands
+    zeros = layer.zero_weights(operands[0])
+    shrinking = radius.advance(shrinking, step, layer.share_of_zeros(zeros))
+    if radius.hold:
+        is_held = layer.for_entries(step >= shrinking.held_from)
+        operands = _unmoved(operands, tuple(zero & is_held for zero in zeros))
+    return layer.for_columns(radius.radius(shrinking, step)), shrinking, operands
+
+
+def _unmoved(operands: tuple[Arrays, Arrays], where: Arrays) -> tuple[Arrays, Arrays]:
+    params, updates = operands
+    stays = zip(where, updates, strict=True)
+    return params, tuple(jnp.where(stay, 0, u) for stay, u in stays)
 
 
 def _near(stickiness: float | jax.Array, parts: Arrays) -> jax.Array:
