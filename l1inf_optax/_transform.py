@@ -24,6 +24,7 @@ from l1inf_optax._projection.arguments import (
     brief,
     check_count,
     check_method,
+    check_radius,
     check_share,
 )
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
@@ -372,7 +373,8 @@ def relative_radii(params: Any, share: Radii, *, layers: Layers = None) -> dict[
     for part in _layers.radii(share):
         if callable(part) or isinstance(part, Shrink):
             raise ValueError(f"share={brief(share)} is no number: give what share of the norm c is")
-    _layers.check_radii(share)
+        if part is not None:
+            check_radius(part, name="share")
     leaves, _ = _layers.flatten(params)
     radii = {}
     # The first match wins, and a path matches all that end with it.

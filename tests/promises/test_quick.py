@@ -114,6 +114,20 @@ def test_every_step_is_feasible_and_learns(name, start, trained):
     assert any(isinstance(x, kind) for x in states)
 
 
+def test_a_radius_falls_from_a_share_of_a_norm_and_holds_the_zeros(start):
+    (radius,) = l1inf.relative_radii(start, {"hidden_*": 0.5}).values()
+    np.testing.assert_allclose(radius, C / 2, rtol=1e-5)
+    tx = l1inf.constrain(optax.adam(0.05), {"hidden_*": l1inf.shrink(radius, over=3)})
+    params, state = start, tx.init(start)
+    for _ in range(5):
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert isinstance(state.ball.shrinking, l1inf.ShrinkState)
+    assert jax.tree.leaves(state.ball.shrinking.held_from) == [3]
+    kernel = np.asarray(params["params"]["hidden_0"]["augmented_kernel"], np.float64)
+    assert np.abs(kernel).sum(0).max() <= radius
+
+
 def test_a_state_comes_back_from_a_checkpoint(trained, tmp_path):
     (_, state), _ = trained["chained"]
     with ocp.StandardCheckpointer() as checkpointer:

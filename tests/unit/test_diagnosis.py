@@ -87,6 +87,12 @@ ERRORS = {
         1.0, hold_zeros_from=-1
     ),
     "stickiness that is no share": lambda: l1inf.keep_params_in_l1inf_ball(1.0, stickiness=2),
+    "a radius that falls to nowhere": lambda: l1inf.shrink(over=1000),
+    "a radius that falls for a share of training": lambda: l1inf.shrink(1.0, over=0.5),
+    "a radius that falls from shapes": lambda: l1inf.keep_params_in_l1inf_ball(
+        l1inf.shrink(1.0, over=10)
+    ).init(jax.eval_shape(lambda: PARAMS)),
+    "a share of no norm": lambda: l1inf.relative_radii(jax.tree.map(jnp.zeros_like, PARAMS), 0.5),
     "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
     "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),
     "empty parameters": lambda: KEEP.init({}),

@@ -375,3 +375,43 @@ def test_what_is_wrong_is_said_with_its_remedy(name):
     call, message = WRONG[name]
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+# --- relative radii -------------------------------------------------------------------------------
+
+
+def test_radii_are_shares_of_norms():
+    params = {**two_layers(), "block": {"hidden_0": layer(5)}}
+    c = l1inf.relative_radii(params, {"hidden_0": 0.5, "readout": None, "*": 0.1})
+    assert set(c) == {"hidden_0", "hidden_1", "block/hidden_0"}
+    assert c["hidden_0"] == pytest.approx(0.5 * norm(params["hidden_0"]), rel=1e-6)
+    assert c["block/hidden_0"] == pytest.approx(0.5 * norm(params["block"]["hidden_0"]), rel=1e-6)
+    assert c["hidden_1"] == pytest.approx(0.1 * norm(params["hidden_1"]), rel=1e-6)
+    projected = l1inf.project_params(params, c)
+    assert norm(projected["block"]["hidden_0"]) == pytest.approx(c["block/hidden_0"], rel=1e-5)
+    np.testing.assert_array_equal(projected["readout"]["kernel"], params["readout"]["kernel"])
+
+
+def test_members_of_a_stack_have_radii_of_their_own():
+    members = [layer(i, 10.0**i) for i in range(3)]
+    stacked = {"a": jax.tree.map(lambda *x: jnp.stack(x), *members)}
+    layers = {"*": l1inf.LayerDimensionNumbers(stack_axis=0)}
+    c = l1inf.relative_radii(stacked, 0.5, layers=layers)
+    projected = l1inf.project_params(stacked, c, layers=layers)
+    for i, member in enumerate(members):
+        part = jax.tree.map(lambda x, i=i: x[i], projected["a"])
+        assert norm(part) == pytest.approx(0.5 * norm(member), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [-1, 0, "half", optax.constant_schedule(1.0), {"no_*": 0.5}])
+def test_shares_are_positive_numbers_of_layers_there_are(share):
+    with pytest.raises(ValueError, match=r"^share=|^c has the pattern"):
+        l1inf.relative_radii(two_layers(), share)
+
+
+def test_a_path_that_looks_like_a_glob_means_itself():
+    params = {"a[0]": layer(0), "a0": layer(1, 2.0)}
+    c = l1inf.relative_radii(params, 0.5)
+    projected = l1inf.project_params(params, c)
+    for path, part in params.items():
+        assert norm(projected[path]) == pytest.approx(0.5 * norm(part), rel=1e-5)
