@@ -4,11 +4,12 @@ The hidden layer's columns stay in the L1 ball of radius c, the output layer is 
 the cross entropy. Writes results.json, tradeoff.png (accuracy and zeros against c) and weights.png
 (the first layer with and without the ball) to the output folder.
 
-The paper does not say how it trained. Here it is momentum, with a step size that falls to zero along
-a cosine, and a radius that shrinks geometrically; then weights that are exactly zero stay zero while
-the others are fitted. The rest was chosen on parts of the training sets, and differs with their size
-(`RECIPES`): with thousands of digits the network learns without a ball at first, and once zeros are
-held the ball opens to 10 c; with all of MNIST columns start scaled down, and the ball stays at c.
+The paper does not say how it trained. Here it is momentum, with a step size that falls to zero
+along a cosine, and a radius that shrinks geometrically; then weights that are exactly zero stay
+zero while the others are fitted. The rest was chosen on parts of the training sets, and differs
+with their size (`RECIPES`): with thousands of digits the network learns without a ball at first,
+and once zeros are held the ball opens to 10 c; with all of MNIST columns start scaled down, and the
+ball stays at c.
 
 For all of MNIST: --data mnist.npz --batch-size 128 --epochs 20 --c inf 5 3 2 1. The default digits
 are part of its training set. With --optimizer adam the projection is in Adam's own metric.
