@@ -188,7 +188,9 @@ class Layer(NamedTuple):
             jnp.sum(jnp.abs(x.astype(jnp.float32)), self.reduction_axes)
             for x in self.columns(leaves)
         ]
-        return self._of_each_matrix(jnp.max, functools.reduce(jnp.add, sums))
+        norms = functools.reduce(jnp.add, sums)
+        # What is not finite stays in its own column.
+        return self._of_each_matrix(jnp.max, jnp.where(jnp.isfinite(norms), norms, 0))
 
     def for_columns(self, x: jax.Array) -> jax.Array:
         """What there is for each matrix of the batch, for each column; a scalar remains one."""
@@ -208,14 +210,16 @@ class Layer(NamedTuple):
             masks[0] &= row > 0
         return tuple(masks)
 
+    def weights_of_a_unit(self, kernels: Sequence[Any]) -> int:
+        """How many weights flow into a unit, given the kernels or their shapes."""
+        rows = sum(math.prod(kernel.shape[i] for i in self.reduction_axes) for kernel in kernels)
+        return rows - self.has_bias_row
+
     def share_of_zeros(self, zero_weights: Arrays) -> jax.Array:
         """What share of the weights of each matrix of the batch :meth:`zero_weights` marks."""
         counts = [jnp.sum(mask, self.reduction_axes) for mask in zero_weights]
-        rows = sum(
-            math.prod(mask.shape[i] for i in self.reduction_axes)
-            for mask in zero_weights[-len(self.kernels) :]
-        )
-        share = functools.reduce(jnp.add, counts) / (rows - self.has_bias_row)
+        rows = self.weights_of_a_unit(zero_weights[-len(self.kernels) :])
+        share = functools.reduce(jnp.add, counts) / rows
         return self._of_each_matrix(jnp.mean, share)
 
     def _of_each_matrix(self, reduce: Callable[..., jax.Array], columns: jax.Array) -> jax.Array:

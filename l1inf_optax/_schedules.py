@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
 Number = float | jax.Array
 
-STILL_FALLING = int(np.iinfo(np.int32).max)
+# In the place of a number of updates: the radius falls; and from the start the layer has had as many
+# zeros as it is to have. Those were not made: they do not tell when to stop.
+STILL_FALLING = int(np.iinfo(np.int32).max) - 1
+NOT_BEGUN = int(np.iinfo(np.int32).max)
 _DEEPEST = 1e-3  # of its start: where a radius ends that was only told how many zeros to make
 
 
@@ -41,7 +44,8 @@ class ShrinkState(NamedTuple):
 
     Attributes:
         start: float32, the radius at the first update.
-        held_from: int32, the number of updates after which the radius had fallen; 2^31 - 1 before.
+        held_from: int32, the number of updates after which the radius had fallen. Before that it is
+            2^31 - 2, or 2^31 - 1 if the layer had as many zeros as it is to have from the start.
     """
 
     start: Any
@@ -70,24 +74,32 @@ class Shrink:
             )
         else:
             start = layer.norm(leaves)
-            start = jnp.where(start == 0, 1, start)
-        return ShrinkState(start, jnp.full_like(start, STILL_FALLING, jnp.int32))
+            is_empty = layer.share_of_zeros(layer.zero_weights(layer.columns(leaves))) == 1
+            start = jnp.where(is_empty, jnp.maximum(start, 1), start)
+        if self.zeros is not None and not is_traced(self.zeros):
+            rows = layer.weights_of_a_unit([leaves[i] for i in layer.kernels])
+            _check_reachable(self.zeros, rows, layer.path)
+        return ShrinkState(start, jnp.full_like(start, NOT_BEGUN, jnp.int32))
 
     def advance(self, state: ShrinkState, step: jax.Array, share_of_zeros: Any) -> ShrinkState:
         """The state at an update, given the share of the layer's weights that are zero."""
+        held_from = state.held_from
         has_fallen = step >= self.over
-        if self.zeros is not None:  # but not at once: what starts at zero has yet to learn
-            has_fallen |= (step > 0) & (share_of_zeros >= self.zeros)
+        if self.zeros is None:
+            held_from = jnp.minimum(held_from, STILL_FALLING)
+        else:  # zeros of the initialisation, which has yet to learn, are none that were made
+            is_sparse = share_of_zeros >= self.zeros
+            has_fallen |= is_sparse & (held_from == STILL_FALLING)
+            held_from = jnp.where(is_sparse, held_from, jnp.minimum(held_from, STILL_FALLING))
         return state._replace(
-            held_from=jnp.where(has_fallen, jnp.minimum(state.held_from, step), state.held_from)
+            held_from=jnp.where(has_fallen, jnp.minimum(held_from, step), held_from)
         )
 
     def radius(self, state: ShrinkState, step: ArrayLike) -> jax.Array:
         """The radius at the update before which there were so many."""
-        start, held_from = (jnp.asarray(x) for x in state)
-        end = _DEEPEST * start if self.to is None else rounded_down(self.to, start.dtype, ())
-        start = jnp.maximum(start, end)
-        share = jnp.minimum(step, held_from) / self.over
+        held_from = jnp.asarray(state.held_from)
+        start, end = self._span(state)
+        share = jnp.minimum(jnp.asarray(step) + 1, held_from) / self.over
         # Powers are rounded: the end is reached exactly, and never passed. There may be no ball.
         is_falling = (share < 1) & (end < jnp.inf)
         radius = jnp.where(is_falling, jnp.maximum(start * (end / start) ** share, end), end)
@@ -95,6 +107,16 @@ class Shrink:
             return radius
         released = rounded_down(self.release, start.dtype, ())
         return jnp.where(step < held_from, radius, released)
+
+    def first(self, state: ShrinkState) -> jax.Array:
+        """The radius before any update."""
+        return self._span(state)[0]
+
+    def _span(self, state: ShrinkState) -> tuple[jax.Array, jax.Array]:
+        """From where to where it falls."""
+        start = jnp.asarray(state.start)
+        end = _DEEPEST * start if self.to is None else rounded_down(self.to, start.dtype, ())
+        return jnp.maximum(start, end), end
 
 
 def shrink(
@@ -110,9 +132,9 @@ def shrink(
 
     Use it wherever ``c`` is a number: ``constrain(optimizer, shrink(0.1, over=2000))``, or in a
     mapping, ``{"hidden_*": shrink(zeros=0.9, over=2000)}``. The radius falls geometrically in the
-    first ``over`` updates, by the same factor in each. Meanwhile every column stays on its sphere,
-    and the ball chooses which weights are zero. From then on these stay zero, and the rest of
-    training fits the others. Biases are not held.
+    first ``over`` updates, by the same factor in each. One column after the other reaches its
+    sphere and stays there, and the ball chooses which weights are zero. From then on these stay
+    zero, and the rest of training fits the others. Biases are not held.
 
     Each layer that it is given to has its own start and stops by itself; of stacked layers, each
     member does.
@@ -123,9 +145,12 @@ def shrink(
         over: Number of updates in which it falls: a half to three quarters of all of them. The
             learning rate should fall to zero in the others.
         start: First radius. ``None`` for the largest norm of the layer's own columns at ``init``,
-            or 1 if these are zero. A radius that would start below ``to`` stays there.
-        zeros: In place of ``to``: the share of the layer's weights, between 0 and 1, that are to
-            be zero. The radius stops falling when they are; it falls by a factor of 1000 at most.
+            or at least 1 if all its weights are zero; such a layer is better given one. A radius
+            that would start below ``to`` stays there.
+        zeros: In place of ``to``: the share of the layer's weights, biases not counted, that are
+            to be zero. The radius stops falling when they are. It falls by a factor of 1000 in
+            ``over`` updates, so that a half of them may be enough. In small balls the network may
+            need ``release`` to learn anything.
         release: Radius from then on, ``jnp.inf`` for none: what is left is fitted without
             shrinkage, as in the relaxed lasso.
         hold: False lets zeros go again.
@@ -137,7 +162,8 @@ def shrink(
     Raises:
         ValueError: There is neither ``to`` nor ``zeros``, or both; a radius is not positive,
             ``start`` not finite or below ``to``; ``over`` is no positive whole number;
-            ``release`` without ``hold``.
+            ``release`` without ``hold``; and, from ``init``, so many ``zeros`` leave less than one
+            weight to a unit.
 
     References:
         Meinshausen (2007), *Relaxed lasso*.
@@ -167,7 +193,7 @@ def shrink(
         what = "the share of the weights that are to be zero, such as 0.9"
         check_share("zeros", zeros, what, may_be_zero=False)
     end = 0.0 if to is None else to
-    if start is not None and _is_known(start - end):
+    if start is not None and not is_traced(start - end):
         if start < end:
             raise ValueError(
                 f"start={brief(start)} is less than to={brief(to)}: a radius falls from start to to"
@@ -182,5 +208,15 @@ def shrink(
     return Shrink(to, over, start, zeros, release, hold)
 
 
-def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer)
+def _check_reachable(zeros: Number, rows: int, path: str) -> None:
+    """A column in a small ball keeps its largest entry: more zeros are out of reach."""
+    if zeros > 1 - 1 / rows:
+        raise ValueError(
+            f"zeros={brief(zeros)} leaves less than one of {rows} weights to a unit of "
+            f"{path!r}: ask for at most {1 - 1 / rows:.4g}, or say a radius, shrink(to=...)"
+        )
+
+
+def is_traced(x: Any) -> bool:
+    """Whether a value is not known before the program runs."""
+    return isinstance(x, jax.core.Tracer)

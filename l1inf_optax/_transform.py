@@ -30,7 +30,7 @@ from l1inf_optax._projection.arguments import (
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
-from l1inf_optax._schedules import Shrink, ShrinkState
+from l1inf_optax._schedules import Shrink, ShrinkState, is_traced
 
 _SMALL = 0.02  # of a column's largest threshold: steps that no longer choose which entries are zero
 
@@ -501,6 +501,15 @@ def _memories(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, _Memory]
     return memories
 
 
+def updates_until_held(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, int]:
+    """After how many updates radii had fallen, by the paths of their kernels, as `ShrinkState`."""
+    return {
+        path: int(jnp.max(memory.shrinking.held_from))
+        for path, memory in _memories(balls).items()
+        if memory.shrinking is not None
+    }
+
+
 def _ball_state(
     params: Any, step: jax.Array, memories: dict[int, _Memory]
 ) -> KeepParamsInL1InfBallState:
@@ -529,14 +538,16 @@ def as_schedules(
     How far these are is in ``balls``; without them they start from the norms of ``params``.
     """
     leaves, _ = _layers.flatten(params)
-    memories = _memories(balls)
+    memories = _memories([ball for ball in balls if ball.step > 0])
 
     def schedule(layer: Layer, radius: Radius) -> Radius:
         if not isinstance(radius, Shrink):
             return radius
         memory = memories.get(layer.leaf_path)
-        known = None if memory is None else memory.shrinking
-        state = radius.begin(layer, leaves) if known is None else known
+        if memory is None or memory.shrinking is None:
+            first = layer.for_columns(radius.first(radius.begin(layer, leaves)))
+            return lambda step: first
+        state = memory.shrinking
         return lambda step: layer.for_columns(radius.radius(state, step))
 
     return [(layer, schedule(layer, radius)) for layer, radius in chosen]
@@ -546,19 +557,13 @@ class Kept(NamedTuple):
     """What one projection of a transformation was told to keep.
 
     Attributes:
-        radii: For each constrained layer, under the path of its kernel, its radius.
+        radii: For each constrained layer, under the path of its kernel, its radius; None if that
+            is read from the state.
         hold_zeros_from: As in :func:`keep_params_in_l1inf_ball`.
     """
 
     radii: dict[str, Radius]
     hold_zeros_from: int | None
-
-    def holds(self, path: str) -> int | None:
-        """The update from which on zeros of a layer are held at the latest; None for never."""
-        radius = self.radii[path]
-        by_radius = [int(radius.over)] if isinstance(radius, Shrink) and radius.hold else []
-        by_number = [] if self.hold_zeros_from is None else [int(self.hold_zeros_from)]
-        return min(by_radius + by_number, default=None)
 
 
 # A transformation is two closures, and c is in them. Their `init` tells what it is, if it is asked.
@@ -575,12 +580,11 @@ def kept_by(tx: optax.GradientTransformation, params: Any) -> list[Kept]:
         _told.reset(token)
 
     def is_known(x: Any) -> bool:
-        parts = vars(x).values() if isinstance(x, Shrink) else [x]
-        return not any(isinstance(part, jax.core.Tracer) for part in parts)
+        return not any(map(is_traced, vars(x).values() if isinstance(x, Shrink) else [x]))
 
     return [
         Kept(
-            {path: c for path, c in ball.radii.items() if is_known(c)},
+            {path: c if is_known(c) else None for path, c in ball.radii.items()},
             ball.hold_zeros_from if is_known(ball.hold_zeros_from) else None,
         )
         for ball in told
@@ -617,9 +621,16 @@ def balls_of(state: Any) -> list[KeepParamsInL1InfBallState]:
     return balls
 
 
-def last_step(balls: Sequence[KeepParamsInL1InfBallState]) -> int:
-    """The step at which the last update has read a schedule for c; 0 before the first."""
-    return max(int(balls[0].step) - 1, 0) if balls else 0
+def last_steps(balls: Sequence[KeepParamsInL1InfBallState]) -> dict[str, int]:
+    """At which step the last update has read a layer's schedule for c; 0 before the first.
+
+    By the path of the layer's kernel: two transformations may count different updates.
+    """
+    return {
+        path: max(int(ball.step) - 1, 0)
+        for ball in balls
+        for path, _ in _layers.named_leaves(ball.thresholds)
+    }
 
 
 def _into_ball(

@@ -20,7 +20,7 @@ import optax
 from l1inf_optax import _layers, _optimizers
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
 from l1inf_optax._projection.arguments import check_radius
-from l1inf_optax._schedules import Shrink
+from l1inf_optax._schedules import STILL_FALLING, Shrink, is_traced
 from l1inf_optax._transform import (
     ConstrainState,
     KeepParamsInL1InfBallState,
@@ -28,8 +28,9 @@ from l1inf_optax._transform import (
     as_schedules,
     ball_states,
     kept_by,
-    last_step,
+    last_steps,
     optimizer_state,
+    updates_until_held,
 )
 from l1inf_optax.sparsity import ON_BOUNDARY
 
@@ -178,9 +179,9 @@ def diagnose(
     balls = ball_states(state)
     _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
-    constrained = as_schedules(constrained, trained, balls)
-    told, constrained = constrained, as_schedules(_as_kept(constrained, kept), trained, balls)
-    columns = _columns(params, constrained, last_step(balls))  # where the last update left them
+    told, own = as_schedules(constrained, trained, balls), _as_kept(constrained, kept)
+    constrained = as_schedules(own, trained, balls)
+    columns = _columns(params, constrained, last_steps(balls))  # where the last update left them
     # Where one finding explains what another would say, it alone is right.
     dead, elsewhere = [*_dead_units(columns)], [*_projected_elsewhere(columns, step)]
     explained = {path for finding in elsewhere for path in finding.layers}
@@ -196,22 +197,25 @@ def diagnose(
         *_output_layer(found, constrained, c),
         *_vanishing_c(constrained, steps),
         *_small_c(columns),
-        *([] if dead or elsewhere else _large_c(columns, kept)),
+        *([] if dead or elsewhere else _large_c(columns, own)),
         *dead,
         *_biases(columns),
-        *_few_zeros(columns, kept, step, steps),
+        *_few_zeros(columns, own, kept, step, steps),
         *_held_from_start(columns, kept),
-        *_never_held(kept, steps),
+        *_never_held(own, kept, balls, steps),
         *_batch_norm(params, constrained),
         *_weight_norm(params, constrained),
     ]
     if grads is not None:
-        findings += _not_finite(_columns(grads, constrained, step), "gradients")
-        updates, _ = jax.jit(tx.update)(grads, state, params)
-        stepped = optax.apply_updates(params, updates)
-        findings += _step(
-            columns, _columns(stepped, constrained, step), seen=not balls or _links_after(state) > 0
+        findings += _not_finite(_columns(grads, constrained, {}), "gradients")
+        updates, after = jax.jit(tx.update)(grads, state, params)
+        balls = ball_states(optimizer_state(after))
+        stepped = _columns(
+            optax.apply_updates(params, updates),
+            as_schedules(own, trained, balls),
+            last_steps(balls),
         )
+        findings += _step(columns, stepped, seen=not balls or _links_after(state) > 0)
     findings.sort(key=lambda finding: finding.severity)
     paths = tuple(layer.path for layer, _ in constrained)
     free = tuple(layer.path for layer in found if layer.path not in paths)
@@ -249,7 +253,8 @@ class _Columns(NamedTuple):
         return np.sum(self.bias > 0, 0) + np.sum(self.weights > 0, 0)
 
 
-def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]:
+def _columns(params: Any, constrained: Constrained, steps: Mapping[str, int]) -> list[_Columns]:
+    """The layers, each at the step under the path of its kernel, or at 0."""
     leaves, _ = _layers.flatten(params)
 
     def rows(layer: Layer, x: Any) -> np.ndarray:
@@ -258,6 +263,7 @@ def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]
 
     columns = []
     for layer, radius in constrained:
+        step = steps.get(layer.leaf_path, 0)
         c = np.asarray(radius_at(radius, step), np.float64)
         if callable(radius):
             c = c * _ROUNDED
@@ -271,7 +277,8 @@ def _columns(params: Any, constrained: Constrained, step: int) -> list[_Columns]
 def _as_kept(constrained: Constrained, kept: Sequence[Kept]) -> Constrained:
     """The layers with the radii that the transformation has, where these can be read."""
     radii = {path: radius for ball in kept for path, radius in ball.radii.items()}
-    return [(layer, radii.get(layer.leaf_path, c)) for layer, c in constrained]
+    own = [(layer, radii.get(layer.leaf_path), c) for layer, c in constrained]
+    return [(layer, c if radius is None else radius) for layer, radius, c in own]
 
 
 def _check_same(balls: Sequence[KeepParamsInL1InfBallState], constrained: Constrained) -> None:
@@ -428,14 +435,48 @@ def _held_from_start(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[
         )
 
 
-def _never_held(kept: Sequence[Kept], steps: int | None) -> Iterator[Finding]:
-    starts = [ball.holds(path) for ball in kept for path in ball.radii]
-    latest = max((start for start in starts if start is not None), default=0)
-    if steps is not None and latest >= steps:
+def _hold_from(own: Constrained, kept: Sequence[Kept]) -> dict[str, int]:
+    """The update from which on a layer's zeros are held at the latest, where they ever are."""
+    by_number = {
+        path: int(ball.hold_zeros_from)
+        for ball in kept
+        if ball.hold_zeros_from is not None
+        for path in ball.radii
+    }
+    by_radius = {
+        layer.leaf_path: int(radius.over)
+        for layer, radius in own
+        if isinstance(radius, Shrink) and radius.hold and not is_traced(radius.over)
+    }
+    return {
+        path: min(numbers[path] for numbers in (by_number, by_radius) if path in numbers)
+        for path in by_number | by_radius
+    }
+
+
+def _never_held(
+    own: Constrained,
+    kept: Sequence[Kept],
+    balls: Sequence[KeepParamsInL1InfBallState],
+    steps: int | None,
+) -> Iterator[Finding]:
+    hold_from = _hold_from(own, kept)
+    done = {
+        path for path, held_from in updates_until_held(balls).items() if held_from < STILL_FALLING
+    }
+    by_share = {x.leaf_path for x, c in own if isinstance(c, Shrink) and c.zeros is not None}
+    late = [
+        layer
+        for layer, _ in own
+        if steps is not None and hold_from.get(layer.leaf_path, 0) >= steps
+    ]
+    late = [x for x in late if x.leaf_path not in done | by_share]
+    if late:
+        latest = max(hold_from[layer.leaf_path] for layer in late)
         yield Finding(
             "zeros never held",
             "warning",
-            (),
+            tuple(layer.path for layer in late),
             f"Zeros are held from update {latest} on, but only {steps} are planned: they are never "
             "held.",
             "Count hold_zeros_from, or over of l1inf.shrink, in updates, not in epochs or "
@@ -504,12 +545,16 @@ def _projected_elsewhere(columns: list[_Columns], step: int) -> Iterator[Finding
 
 
 def _few_zeros(
-    columns: list[_Columns], kept: Sequence[Kept], step: int, steps: int | None
+    columns: list[_Columns],
+    own: Constrained,
+    kept: Sequence[Kept],
+    step: int,
+    steps: int | None,
 ) -> Iterator[Finding]:
     """Layers that are not sparse, although the ball holds them back and training has gone on."""
     if step < (_ENOUGH if steps is None else steps):
         return
-    held = {path for ball in kept for path in ball.radii if ball.holds(path) is not None}
+    held = _hold_from(own, kept)
     entries = zeros = 0
     paths = []
     for x in columns:
@@ -608,11 +653,13 @@ def _small_c(columns: list[_Columns]) -> Iterator[Finding]:
             return
 
 
-def _large_c(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[Finding]:
+def _large_c(columns: list[_Columns], own: Constrained) -> Iterator[Finding]:
+    # A radius that falls by itself may be as wide as one likes at first.
+    fall = {layer.leaf_path for layer, radius in own if isinstance(radius, Shrink)}
     used = [
         float((x.norms / x.c).max(initial=0))
         for x in columns
-        if np.isfinite(x.c).all() and not _shrinks(x.layer, kept)
+        if np.isfinite(x.c).all() and x.layer.leaf_path not in fall
     ]
     if used and max(used) < 0.5:
         yield Finding(
@@ -623,11 +670,6 @@ def _large_c(columns: list[_Columns], kept: Sequence[Kept]) -> Iterator[Finding]
             "and there are no zeros.",
             "Choose a smaller c (l1inf.selection.cross_validate finds one).",
         )
-
-
-def _shrinks(layer: Layer, kept: Sequence[Kept]) -> bool:
-    """Whether a layer's radius falls by itself: at first it may be as wide as one likes."""
-    return any(isinstance(ball.radii.get(layer.leaf_path), Shrink) for ball in kept)
 
 
 def _dead_units(columns: list[_Columns]) -> Iterator[Finding]:

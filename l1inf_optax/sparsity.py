@@ -10,7 +10,7 @@ import numpy as np
 from l1inf_optax import _layers
 from l1inf_optax._layers import Layer, Layers, radius_at
 from l1inf_optax._projection.arguments import check_radius
-from l1inf_optax._transform import as_schedules, balls_of, last_step
+from l1inf_optax._transform import as_schedules, balls_of, last_steps
 
 # A projected column ends within a few units of its dtype's last place below c; this much is shared
 # by float32 and the 16-bit formats.
@@ -217,7 +217,8 @@ def _named_indices(layer: LayerSparsity, names: Sequence[str] | None, *, used: b
             f"names has {len(names)} entries, but {layer.path!r} has {mask.shape[-1]} inputs: give "
             "one for each"
         )
-    return [names[i] for i in (indices if mask.ndim == 1 else indices[:, -1])]
+    plain = np.asarray(names, object).tolist()  # a data frame's names are an array
+    return [plain[i] for i in (indices if mask.ndim == 1 else indices[:, -1])]
 
 
 def sparsity_report(
@@ -269,11 +270,12 @@ def sparsity_report(
     else:
         _layers.check_radii(c)
         found = as_schedules(_layers.constrained_layers(params, c, layers), params, balls)
-    step = last_step(balls)
-    return SparsityReport(
-        tuple(_count(layer, leaves, radius_at(radius, step), threshold) for layer, radius in found),
-        threshold,
+    steps = last_steps(balls)
+    counts = (
+        _count(layer, leaves, radius_at(radius, steps.get(layer.leaf_path, 0)), threshold)
+        for layer, radius in found
     )
+    return SparsityReport(tuple(counts), threshold)
 
 
 def _count(layer: Layer, leaves: list[Any], c: Any, threshold: float | None) -> LayerSparsity:

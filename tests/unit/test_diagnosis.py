@@ -92,6 +92,9 @@ ERRORS = {
     "a radius that falls from shapes": lambda: l1inf.keep_params_in_l1inf_ball(
         l1inf.shrink(1.0, over=10)
     ).init(jax.eval_shape(lambda: PARAMS)),
+    "more zeros than leave a weight": lambda: l1inf.keep_params_in_l1inf_ball(
+        {"hidden_1": l1inf.shrink(zeros=0.9, over=10)}
+    ).init(PARAMS),
     "a share of no norm": lambda: l1inf.relative_radii(jax.tree.map(jnp.zeros_like, PARAMS), 0.5),
     "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
     "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),

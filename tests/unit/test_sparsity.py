@@ -54,6 +54,8 @@ def test_inputs_are_named_by_index_or_name():
         np.testing.assert_array_equal(report.unused_inputs(path), [1])
         assert report.used_inputs(path, names) == ["age", "weight"]
         assert report.unused_inputs(path, names) == ["height"]
+        (name,) = report.unused_inputs(path, np.array(names))
+        assert type(name) is str
     for wrong in ("hid", "", "hidden_0"):
         with pytest.raises(ValueError, match=r"layer=.* 0 layers: name one of params/hidden, "):
             report.used_inputs(wrong)
