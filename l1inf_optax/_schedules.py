@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 Number = float | jax.Array
 
-# In the place of a number of updates: the radius falls; and from the start the layer has had as many
-# zeros as it is to have. Those were not made: they do not tell when to stop.
+# In the place of a number of updates: the radius falls; and the layer has had all the zeros that it
+# is to have from the start. Those were not made: they do not tell when to stop.
 STILL_FALLING = int(np.iinfo(np.int32).max) - 1
 NOT_BEGUN = int(np.iinfo(np.int32).max)
 _DEEPEST = 1e-3  # of its start: where a radius ends that was only told how many zeros to make
