@@ -472,9 +472,10 @@ def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, 
     shrunk = {layer.leaf_path for layer, radius in chosen if isinstance(radius, Shrink)}
     has_start = {path for path, memory in _memories([state]).items() if memory.shrinking}
     for path in sorted(shrunk ^ has_start):
+        has, wants = ("no", "one") if path in shrunk else ("a", "none")
         raise ValueError(
-            f"state has {'no' if path in shrunk else 'a'} start of a radius that shrinks for "
-            f"{path!r}, other than c: take the state from init(params) of this transformation"
+            f"state has {has} start of a radius that shrinks for {path!r}, and c asks for {wants}: "
+            "take the state from init(params) of this transformation"
         )
 
 
