@@ -472,9 +472,9 @@ def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, 
     shrunk = {layer.leaf_path for layer, radius in chosen if isinstance(radius, Shrink)}
     has_start = {path for path, memory in _memories([state]).items() if memory.shrinking}
     for path in sorted(shrunk ^ has_start):
-        has, wants = ("no", "one") if path in shrunk else ("a", "none")
+        what, asked = ("no", "one") if path in shrunk else ("a", "none")
         raise ValueError(
-            f"state has {has} start of a radius that shrinks for {path!r}, and c asks for {wants}: "
+            f"state has {what} start of a radius that shrinks for {path!r}, and c asks for {asked}: "
             "take the state from init(params) of this transformation"
         )
 
