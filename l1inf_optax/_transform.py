@@ -474,8 +474,8 @@ def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, 
     for path in sorted(shrunk ^ has_start):
         what, asked = ("no", "one") if path in shrunk else ("a", "none")
         raise ValueError(
-            f"state has {what} start of a radius that shrinks for {path!r}, and c asks for {asked}: "
-            "take the state from init(params) of this transformation"
+            f"state has {what} start of a radius that shrinks for {path!r}, and c asks for "
+            f"{asked}: take the state from init(params) of this transformation"
         )
 
 
