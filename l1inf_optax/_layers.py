@@ -167,19 +167,22 @@ class Layer(NamedTuple):
     @property
     def columns_shape(self) -> tuple[int, ...]:
         """The kernel's shape without the axes a column runs along."""
-        return tuple(n for i, n in enumerate(self.shape) if i not in self.reduction_axes)
+        return tuple(self.shape[i] for i in self.column_axes)
+
+    @property
+    def column_axes(self) -> Axes:
+        """The axes of the kernel that a column does not run along: those of `columns_shape`."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.reduction_axes)
 
     @property
     def batch_axes(self) -> Axes:
         """The axes of the kernel along which independent matrices are stacked."""
-        own = (*self.reduction_axes, *self.output_axes)
-        return tuple(i for i in range(len(self.shape)) if i not in own)
+        return tuple(i for i in self.column_axes if i not in self.output_axes)
 
     @property
     def matrices_shape(self) -> tuple[int, ...]:
         """That of one number for each matrix of the batch; it broadcasts with columns."""
-        columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
-        sizes = tuple(self.shape[i] if i in self.batch_axes else 1 for i in columns)
+        sizes = tuple(self.shape[i] if i in self.batch_axes else 1 for i in self.column_axes)
         return sizes if self.batch_axes else ()
 
     def norm(self, leaves: Sequence[Any]) -> jax.Array:
@@ -226,16 +229,14 @@ class Layer(NamedTuple):
         """One number for all columns of each matrix, in `matrices_shape`."""
         if not self.batch_axes:
             return reduce(columns)
-        kept = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
-        return reduce(columns, tuple(map(kept.index, self.output_axes)), keepdims=True)
+        return reduce(columns, tuple(map(self.column_axes.index, self.output_axes)), keepdims=True)
 
     def zeros(self, leaves: Sequence[Any]) -> jax.Array:
         """A zero for each column, float32 or, where the layer is, float64; sharded like columns."""
-        columns = [i for i in range(len(self.shape)) if i not in self.reduction_axes]
         return jnp.zeros(
             self.columns_shape,
             wide_dtype(*(leaves[i].dtype for i in self.leaves)),
-            device=_sharding_along(leaves[self.kernels[0]], columns),
+            device=_sharding_along(leaves[self.kernels[0]], self.column_axes),
         )
 
 

@@ -20,6 +20,7 @@ from l1inf_optax._projection.arguments import (
     check_count,
     check_radius,
     check_share,
+    is_traced,
 )
 from l1inf_optax._projection.arguments import radius as rounded_down
 
@@ -215,8 +216,3 @@ def _check_reachable(zeros: Number, rows: int, path: str) -> None:
             f"zeros={brief(zeros)} leaves less than one of {rows} weights to a unit of "
             f"{path!r}: ask for at most {1 - 1 / rows:.4g}, or say a radius, shrink(to=...)"
         )
-
-
-def is_traced(x: Any) -> bool:
-    """Whether a value is not known before the program runs."""
-    return isinstance(x, jax.core.Tracer)

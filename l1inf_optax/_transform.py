@@ -26,11 +26,12 @@ from l1inf_optax._projection.arguments import (
     check_method,
     check_radius,
     check_share,
+    is_traced,
 )
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
-from l1inf_optax._schedules import Shrink, ShrinkState, is_traced
+from l1inf_optax._schedules import Shrink, ShrinkState
 
 _SMALL = 0.02  # of a column's largest threshold: steps that no longer choose which entries are zero
 

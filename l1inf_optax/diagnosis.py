@@ -19,8 +19,8 @@ import optax
 
 from l1inf_optax import _layers, _optimizers
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
-from l1inf_optax._projection.arguments import check_radius
-from l1inf_optax._schedules import STILL_FALLING, Shrink, is_traced
+from l1inf_optax._projection.arguments import check_radius, is_traced
+from l1inf_optax._schedules import STILL_FALLING, Shrink
 from l1inf_optax._transform import (
     ConstrainState,
     KeepParamsInL1InfBallState,
@@ -180,7 +180,7 @@ def diagnose(
     _check_same(balls, constrained)
     step = int(balls[0].step) if balls else 0
     told, own = as_schedules(constrained, trained, balls), _as_kept(constrained, kept)
-    constrained = as_schedules(own, trained, balls)
+    constrained, hold_from = as_schedules(own, trained, balls), _hold_from(own, kept)
     columns = _columns(params, constrained, last_steps(balls))  # where the last update left them
     # Where one finding explains what another would say, it alone is right.
     dead, elsewhere = [*_dead_units(columns)], [*_projected_elsewhere(columns, step)]
@@ -200,9 +200,9 @@ def diagnose(
         *([] if dead or elsewhere else _large_c(columns, own)),
         *dead,
         *_biases(columns),
-        *_few_zeros(columns, own, kept, step, steps),
+        *_few_zeros(columns, hold_from, step, steps),
         *_held_from_start(columns, kept),
-        *_never_held(own, kept, balls, steps),
+        *_never_held(own, hold_from, balls, steps),
         *_batch_norm(params, constrained),
         *_weight_norm(params, constrained),
     ]
@@ -456,21 +456,19 @@ def _hold_from(own: Constrained, kept: Sequence[Kept]) -> dict[str, int]:
 
 def _never_held(
     own: Constrained,
-    kept: Sequence[Kept],
+    hold_from: Mapping[str, int],
     balls: Sequence[KeepParamsInL1InfBallState],
     steps: int | None,
 ) -> Iterator[Finding]:
-    hold_from = _hold_from(own, kept)
-    done = {
-        path for path, held_from in updates_until_held(balls).items() if held_from < STILL_FALLING
-    }
-    by_share = {x.leaf_path for x, c in own if isinstance(c, Shrink) and c.zeros is not None}
+    if steps is None:
+        return
+    held = {path for path, since in updates_until_held(balls).items() if since < STILL_FALLING}
+    at_any_time = {x.leaf_path for x, c in own if isinstance(c, Shrink) and c.zeros is not None}
     late = [
         layer
         for layer, _ in own
-        if steps is not None and hold_from.get(layer.leaf_path, 0) >= steps
+        if hold_from.get(layer.leaf_path, 0) >= steps and layer.leaf_path not in held | at_any_time
     ]
-    late = [x for x in late if x.leaf_path not in done | by_share]
     if late:
         latest = max(hold_from[layer.leaf_path] for layer in late)
         yield Finding(
@@ -545,22 +543,17 @@ def _projected_elsewhere(columns: list[_Columns], step: int) -> Iterator[Finding
 
 
 def _few_zeros(
-    columns: list[_Columns],
-    own: Constrained,
-    kept: Sequence[Kept],
-    step: int,
-    steps: int | None,
+    columns: list[_Columns], hold_from: Mapping[str, int], step: int, steps: int | None
 ) -> Iterator[Finding]:
     """Layers that are not sparse, although the ball holds them back and training has gone on."""
     if step < (_ENOUGH if steps is None else steps):
         return
-    held = _hold_from(own, kept)
     entries = zeros = 0
     paths = []
     for x in columns:
         on_boundary = x.norms >= x.c * (1 - x.rounding)
         is_small = len(x.weights) < _SEVERAL
-        if is_small or x.layer.leaf_path in held or 2 * on_boundary.sum() <= on_boundary.size:
+        if is_small or x.layer.leaf_path in hold_from or 2 * on_boundary.sum() <= on_boundary.size:
             continue
         zeros_here = int(np.sum(x.weights == 0))
         if zeros_here < _FEW_ZEROS * x.weights.size:

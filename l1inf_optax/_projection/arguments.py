@@ -67,7 +67,7 @@ def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None, name: str
     What is traced is not known yet, and passes for positive.
     """
     try:
-        radii = np.asarray(1 if isinstance(c, jax.core.Tracer) else c)
+        radii = np.asarray(1 if is_traced(c) else c)
     except (TypeError, ValueError):  # no array can be made of it
         radii = np.asarray(None)
     if not any(jnp.issubdtype(radii.dtype, kind) for kind in (np.floating, np.integer, np.bool_)):
@@ -86,12 +86,17 @@ def check_radius(c: ArrayLike, columns: tuple[int, ...] | None = None, name: str
         )
 
 
+def is_traced(x: Any) -> bool:
+    """Whether a value is not known before the program runs."""
+    return isinstance(x, jax.core.Tracer)
+
+
 def check_count(name: str, number: Any, what: str, *, least: int = 0) -> None:
     """Raises a ValueError if ``number`` is known not to be a whole number from ``least`` on."""
     whole = isinstance(number, int) or jnp.issubdtype(getattr(number, "dtype", bool), jnp.integer)
     if isinstance(number, bool) or not whole or jnp.ndim(number):
         raise ValueError(f"{name}={brief(number)} is no whole number: give {what}")
-    if not isinstance(number, jax.core.Tracer) and number < least:
+    if not is_traced(number) and number < least:
         raise ValueError(f"{name}={brief(number)} is less than {least}: give {what}")
 
 
@@ -99,8 +104,9 @@ def check_share(name: str, share: Any, what: str, *, may_be_zero: bool) -> None:
     """Raises a ValueError if ``share`` is known not to be a number below 1, and from 0 on."""
     is_number = isinstance(share, int | float | np.number | np.ndarray | jax.Array)
     is_scalar = is_number and not isinstance(share, bool) and jnp.ndim(share) == 0
-    is_known = not isinstance(share, jax.core.Tracer)
-    if not is_scalar or (is_known and not (0 < share < 1 or (may_be_zero and share == 0))):
+    if not is_scalar or (
+        not is_traced(share) and not (0 < share < 1 or (may_be_zero and share == 0))
+    ):
         span = "from 0 to below 1" if may_be_zero else "between 0 and 1"
         raise ValueError(f"{name}={brief(share)} is no number {span}: give {what}")
 

@@ -182,6 +182,13 @@ def zeros(params: Any) -> jax.Array:
     return jnp.concatenate([(v == 0).ravel() for v in hidden(params)]).mean()
 
 
+def print_means(label: str, trial: Callable[[jax.Array], jax.Array]) -> None:
+    """A row: means of three seeds."""
+    results = jax.jit(jax.vmap(trial))(jax.random.split(jax.random.key(0), 3))
+    cells = " | ".join(f"{x:.4g}" for x in np.asarray(results).mean(0))
+    print(f"| {label} | {cells} |", flush=True)
+
+
 def network_table(
     heads: str, radii: tuple[float, ...], steps: int, trial: Callable[..., Any], shares: Any
 ) -> None:
@@ -193,11 +200,7 @@ def network_table(
             for share in shares:
                 rate = functools.partial(optax.cosine_decay_schedule, decay_steps=steps)
                 tx = l1inf.constrain(make(rate), {"hidden_*": c}, stickiness=share)
-                results = jax.jit(jax.vmap(lambda key, tx=tx, c=c: trial(key, tx, c)))(
-                    jax.random.split(jax.random.key(0), 3)
-                )
-                cells = " | ".join(f"{x:.4g}" for x in np.asarray(results).mean(0))
-                print(f"| {name} | {c} | {share:g} | {cells} |", flush=True)
+                print_means(f"{name} | {c} | {share:g}", functools.partial(trial, tx=tx, c=c))
     print()
 
 
@@ -230,11 +233,7 @@ def programs(shares: tuple[float, ...]) -> None:
     print("| program | zeros, % | unused of 500 | error |\n| --- | --- | --- | --- |")
 
     def row(name: str, tx: Any, c: float | None, batch: int, steps: int) -> None:
-        results = jax.jit(jax.vmap(lambda key: on_sine(key, tx, c, batch, steps)))(
-            jax.random.split(jax.random.key(0), 3)
-        )
-        cells = " | ".join(f"{x:.4g}" for x in np.asarray(results).mean(0))
-        print(f"| {name} | {cells} |", flush=True)
+        print_means(name, functools.partial(on_sine, tx=tx, c=c, batch=batch, steps=steps))
 
     def momentum(rate: Any) -> Any:
         return optax.sgd(rate, momentum=0.9)
@@ -336,11 +335,7 @@ def regression(shares: tuple[float, ...]) -> None:
     for name, optimizer in rates.items():
         for share in shares:
             tx = l1inf.constrain(optimizer, {"hidden_*": 1.0}, stickiness=share)
-            results = jax.jit(jax.vmap(lambda key, tx=tx: trial(key, tx)))(
-                jax.random.split(jax.random.key(0), 3)
-            )
-            cells = " | ".join(f"{x:.4g}" for x in np.asarray(results).mean(0))
-            print(f"| {name} | {share:g} | {cells} |", flush=True)
+            print_means(f"{name} | {share:g}", functools.partial(trial, tx=tx))
     print()
 
 

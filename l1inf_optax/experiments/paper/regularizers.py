@@ -301,7 +301,7 @@ def _classification(settings: Settings) -> DataSet:
 def _mnist(settings: Settings) -> DataSet:
     digits = load_digits(settings.mnist)
     rate = mnist.LEARNING_RATES["momentum"]
-    full = len(digits.y_train) > 10_000
+    full = len(digits.y_train) >= mnist.MANY
     return DataSet(
         (digits.x_train[None], digits.y_train[None]),
         (digits.x_test[None], digits.y_test[None]),
