@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from l1inf_optax._layers import LayerDimensionNumbers, convert_params
 from l1inf_optax._projection import l1inf_norm, projection_l1inf_ball
+from l1inf_optax._pruning import prune
+from l1inf_optax._rescaling import Rescaled, WithScalesState, rescale_params, with_scales
 from l1inf_optax._schedules import ShrinkState, shrink
 from l1inf_optax._transform import (
     ConstrainState,
@@ -31,8 +33,10 @@ __all__ = [
     "KeepParamsInL1InfBallState",
     "LayerDimensionNumbers",
     "LayerSparsity",
+    "Rescaled",
     "ShrinkState",
     "SparsityReport",
+    "WithScalesState",
     "bounds",
     "constrain",
     "convert_params",
@@ -44,10 +48,13 @@ __all__ = [
     "plotting",
     "project_params",
     "projection_l1inf_ball",
+    "prune",
     "relative_radii",
+    "rescale_params",
     "selection",
     "shrink",
     "sparsity_report",
+    "with_scales",
 ]
 
 _SUBMODULES = ("bounds", "linen", "nnx", "plotting", "selection")

@@ -38,11 +38,12 @@ from l1inf_optax._projection.arguments import (
     normalise_axes,
 )
 from l1inf_optax._projection.floats import wide_dtype
+from l1inf_optax._pruning import Prune
 from l1inf_optax._schedules import Shrink
 
 _LISTED = 40  # names that a message lists
 
-Radius = Any  # a number, an array, an optax schedule, or a Shrink
+Radius = Any  # a number, an array, an optax schedule, a Shrink or a Prune
 Radii = Radius | Mapping[str, Radius | None]
 
 
@@ -205,13 +206,17 @@ class Layer(NamedTuple):
 
     def zero_weights(self, columns: Arrays) -> Arrays:
         """Where in what :meth:`columns` gives a weight is zero; a bias is no weight."""
-        masks = [x == 0 for x in columns]
+        return self.of_weights(tuple(x == 0 for x in columns))
+
+    def of_weights(self, masks: Arrays) -> Arrays:
+        """Masks in the shapes of what :meth:`columns` gives, False at biases."""
+        first, *others = masks
         if self.bias is not None:
-            masks[0] = jnp.zeros_like(masks[0])
+            first = jnp.zeros_like(first)
         elif self.has_bias_row:
-            row = jax.lax.broadcasted_iota(jnp.int32, masks[0].shape, self.reduction_axes[0])
-            masks[0] &= row > 0
-        return tuple(masks)
+            row = jax.lax.broadcasted_iota(jnp.int32, first.shape, self.reduction_axes[0])
+            first &= row > 0
+        return first, *others
 
     def weights_of_a_unit(self, kernels: Sequence[Any]) -> int:
         """How many weights flow into a unit, given the kernels or their shapes."""
@@ -392,12 +397,14 @@ def check_radii(c: Radii) -> None:
                 f"c={brief(radius)} is a {type(radius).__name__}: give a number, or a mapping with "
                 "one for each layer, as in {'hidden_0': 1.0, 'hidden_1': 2.0}"
             )
-        if not (radius is None or callable(radius) or isinstance(radius, Shrink)):
+        if not (radius is None or callable(radius) or isinstance(radius, Shrink | Prune)):
             check_radius(radius)
 
 
 def radius_at(radius: Radius, step: ArrayLike) -> ArrayLike:
     """A radius after so many updates, which schedules read as the int32 they meet in training."""
+    if isinstance(radius, Prune):
+        radius = radius.c
     return radius(jnp.asarray(step, jnp.int32)) if callable(radius) else radius
 
 

@@ -62,6 +62,7 @@ WRAPPERS = {
     "MultiTransformState": "inner_states",
     "PartitionState": "inner_states",
     "SplitRealAndImaginaryState": "inner_state",
+    "WithScalesState": "inner_state",
 }
 # Those that search along an update for its length: the metric stays what it is.
 LINE_SEARCHES = {"ScaleByBacktrackingLinesearchState", "ScaleByZoomLinesearchState"}
@@ -79,7 +80,9 @@ NEUTRAL = LINE_SEARCHES | {
     "ZeroNansState",
 }
 # Those that may step differently in different leaves, or adapt without second moments of their own.
-UNEVEN = {"MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State"}
+UNEVEN = {
+    *("MaskedState", "MultiTransformState", "PartitionState", "ScaleBySM3State", "WithScalesState")
+}
 # Those that do not step along the gradient, even within a leaf, each with a field that is like the
 # parameters.
 UNEUCLIDEAN = {

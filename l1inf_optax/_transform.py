@@ -31,6 +31,7 @@ from l1inf_optax._projection.arguments import (
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
+from l1inf_optax._pruning import Prune, pruned
 from l1inf_optax._schedules import Shrink, ShrinkState
 
 _SMALL = 0.02  # of a column's largest threshold: steps that no longer choose which entries are zero
@@ -372,7 +373,7 @@ def relative_radii(params: Any, share: Radii, *, layers: Layers = None) -> dict[
     """
     _layers.check_params(params)
     for part in _layers.radii(share):
-        if callable(part) or isinstance(part, Shrink):
+        if callable(part) or isinstance(part, Shrink | Prune):
             raise ValueError(f"share={brief(share)} is no number: give what share of the norm c is")
         if part is not None:
             check_radius(part, name="share")
@@ -582,7 +583,7 @@ def kept_by(tx: optax.GradientTransformation, params: Any) -> list[Kept]:
         _told.reset(token)
 
     def is_known(x: Any) -> bool:
-        return not any(map(is_traced, vars(x).values() if isinstance(x, Shrink) else [x]))
+        return not any(map(is_traced, vars(x).values() if isinstance(x, Shrink | Prune) else [x]))
 
     return [
         Kept(
@@ -655,15 +656,20 @@ def _into_ball(
     chosen = _layers.constrained_layers(params, rules.c, rules.layers)
     _check_belongs(state, chosen)
     memories = _memories([state])
-    requests, fallen = [], []
-    for layer, radius in chosen:
+    stepped, slopes_of = [], []
+    for layer, _ in chosen:
         operands = layer.columns(params_leaves), layer.columns(leaves)
         if rules.hold_zeros_from is not None:
             is_held = state.step >= rules.hold_zeros_from
             operands = _unmoved(operands, tuple((p == 0) & is_held for p in operands[0]))
+        stepped.append(operands)
+        slopes_of.append(None if slope_leaves is None else layer.columns(slope_leaves))
+    requests, fallen = [], []
+    for (layer, radius), slope, operands in zip(
+        chosen, slopes_of, pruned(chosen, stepped, slopes_of, state.step), strict=True
+    ):
         memory = memories[layer.leaf_path]
         c, shrinking, operands = _at_step(layer, radius, memory.shrinking, state.step, operands)
-        slope = None if slope_leaves is None else layer.columns(slope_leaves)
         request = Request(
             operands=operands,
             c=c,

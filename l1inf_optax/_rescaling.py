@@ -1,0 +1,270 @@
+r"""Any radius trains: what small balls take from the signal is given back, and rates follow.
+
+A layer of ReLU units with weights ``s W`` and a bias ``t b`` passes on t times what it does with W
+and b, if what it is given is t / s times as large. So a network is the same network whatever the
+radii of its hidden layers, but for its outputs' size, which a free layer sets. An optimizer does
+not know that: its rates would have to be ``s`` and ``t`` times as large. Here it steps in the
+parameters divided by these scales.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l1inf_optax import _layers
+from l1inf_optax._layers import Layer, Layers, Radii, Radius
+from l1inf_optax._projection.arguments import brief, is_traced
+from l1inf_optax._pruning import Prune
+from l1inf_optax._schedules import Shrink
+
+_SAME = 0.02  # factors that count as equal
+
+
+class Rescaled(NamedTuple):
+    """What :func:`rescale_params` returns.
+
+    Attributes:
+        params: Pytree like the parameters, to start from.
+        scales: The same pytree of float32 scalars, for :func:`with_scales`. An augmented kernel of
+            shape ``(d_in + 1, d_out)`` has a column ``(d_in + 1, 1)``: one for its bias, one for
+            its weights.
+    """
+
+    params: Any
+    scales: Any
+
+
+def rescale_params(
+    apply: Callable[[Any, Any], Any],
+    params: Any,
+    inputs: Any,
+    c: Radii,
+    *,
+    layers: Layers = None,
+    reference: float = 5.0,
+) -> Rescaled:
+    r"""Scales a network down into its balls, so that it trains as in balls of a middle size.
+
+    In balls of radius c the signal of an ordinary network falls with :math:`\prod_l c_l`, and so do
+    its gradients; from about two hidden layers and c = 1 on it does not train any more. But with
+    ReLU units, and others that are positively homogeneous, nothing is lost except the size of the
+    outputs. So constrained weights start ``min(1, c / reference)`` times as large, free layers
+    behind them take up what is missing at the output, and :func:`with_scales` hands the optimizer
+    parameters in units in which the network is as it was before. Then every c up to ``reference``
+    trains as that does, to rounding error; only biases count for less in the norm of a column, the
+    smaller the balls in front of it.
+
+    What scales to take is measured, so neither names nor the order of layers matter: a leaf's is
+    the ratio of the gradients of the outputs before and after. A norm behind a layer makes its
+    scale harmless, and that shows there, too.
+
+    Args:
+        apply: A function of the parameters and ``inputs`` to the outputs, an array with the
+            examples along its first axis. It should not be random.
+        params: Pytree of freshly initialised parameters, with the scale that an initialization of
+            He or LeCun gives them.
+        inputs: Some inputs, such as a batch.
+        c: As for :func:`constrain`; of a :func:`shrink` what it ends at. A schedule is replaced by
+            the number it ends at.
+        layers: As in :func:`keep_params_in_l1inf_ball`.
+        reference: Radius whose signal all smaller ones get. A unit with k equal weights keeps the
+            mean square of ReLU units if its norm is :math:`\sqrt{2k}`: 5 suits about a dozen.
+
+    Returns:
+        A :class:`Rescaled`: the parameters, and their scales.
+
+    Raises:
+        ValueError: as :func:`keep_params_in_l1inf_ball`; ``reference`` is not positive and finite;
+            a radius is a schedule; the outputs are constant; or no free layer's weights scale them.
+
+    References:
+        Neyshabur, Salakhutdinov and Srebro (2015), *Path-SGD*, for the invariance.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
+        >>> model, x = l1inf.linen.AugmentedMLP((32, 32, 10)), jnp.ones((4, 8)) * jnp.eye(4, 8)
+        >>> params = model.init(jax.random.key(0), x)
+        >>> c = {"hidden_*": 0.5}
+        >>> small, scales = l1inf.rescale_params(model.apply, params, x, c)
+        >>> bool(jnp.allclose(model.apply(small, x), model.apply(params, x), atol=1e-5))
+        True
+        >>> scales["params"]["readout"]["kernel"].round(3)
+        Array(100., dtype=float32)
+        >>> tx = l1inf.constrain(l1inf.with_scales(optax.adam(1e-3), scales), c)
+    """
+    if not (isinstance(reference, int | float) and 0 < reference < math.inf):
+        raise ValueError(f"reference={brief(reference)} is no positive number: give a radius")
+    _layers.check_params(params)
+    _layers.check_radii(c)
+    leaves, structure = _layers.flatten(params)
+    chosen = _layers.constrained_layers(params, c, layers)
+    found = _layers.find_layers(params, layers)
+    constrained = {layer.leaf_path for layer, _ in chosen}
+    free = [layer for layer in found if layer.leaf_path not in constrained]
+
+    def outputs(leaves: list[Any]) -> jax.Array:
+        """What tells inputs apart, in one vector."""
+        y = apply(jax.tree.unflatten(structure, leaves), inputs)
+        return jnp.concatenate([jnp.ravel(x - x.mean(0)) for x in jax.tree.leaves(y)])
+
+    size = jax.jit(lambda leaves: jnp.linalg.norm(outputs(leaves)))
+    # Without biases the network is homogeneous. They start at zero, or follow when it is known how.
+    start = _without_biases(found, leaves)
+    if not size(start) > 0:
+        raise ValueError("apply gives the same outputs for all inputs: give random weights")
+    factors = {
+        i: min(1.0, _radius(layer, radius) / reference)
+        for layer, radius in chosen
+        for i in layer.kernels
+    }
+    small = _scaled(start, factors)
+    lost = float(size(small) / size(start))
+    if abs(lost - 1) > _SAME:
+        doubled = {
+            layer: float(size(_scaled(small, dict.fromkeys(layer.kernels, 2.0))) / size(small))
+            for layer in free
+        }
+        takers = [layer for layer, ratio in doubled.items() if abs(ratio - 2) < _SAME]
+        if not takers:
+            raise ValueError(
+                f"c={brief(c)} leaves {lost:.2g} of the outputs, and no free layer's weights scale "
+                "them: leave the output layer free, as in c={'hidden_*': 1.0}"
+            )
+        factors |= {i: lost ** (-1 / len(takers)) for layer in takers for i in layer.kernels}
+        small = _scaled(start, factors)
+    scales = _ratios(*(_sensitivities(outputs, x, found) for x in (start, small)))
+    own = {i for layer in found for i in layer.leaves}
+    rescaled = [
+        x if i not in own else (x * scale).astype(x.dtype)
+        for i, (x, scale) in enumerate(zip(leaves, scales, strict=True))
+    ]
+    return Rescaled(*(jax.tree.unflatten(structure, x) for x in (rescaled, scales)))
+
+
+def _radius(layer: Layer, radius: Radius) -> float:
+    """The radius that a layer ends at."""
+    if isinstance(radius, Prune):
+        radius = radius.c
+    elif isinstance(radius, Shrink):
+        radius = math.inf if radius.to is None else radius.to
+    if callable(radius) or is_traced(radius) or jnp.ndim(radius):
+        raise ValueError(f"c={brief(radius)} for {layer.path!r}: give the number that it ends at")
+    return float(radius)
+
+
+def _without_biases(found: list[Layer], leaves: list[Any]) -> list[Any]:
+    leaves = list(leaves)
+    for layer in found:
+        columns = layer.columns(leaves)
+        is_weight = layer.of_weights(tuple(jnp.ones_like(x, bool) for x in columns))
+        layer.put(tuple(map(jnp.multiply, columns, is_weight)), leaves)
+    return leaves
+
+
+def _scaled(leaves: list[Any], factors: dict[int, float]) -> list[Any]:
+    return [x * factors[i] if i in factors else x for i, x in enumerate(leaves)]
+
+
+def _sensitivities(
+    outputs: Callable[[list[Any]], jax.Array], leaves: list[Any], found: list[Layer]
+) -> list[Any]:
+    """How much the outputs depend on each leaf: a number, or one for a bias row and the rest."""
+    is_float = [hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
+    rows = {layer.kernels[0]: layer.reduction_axes for layer in found if layer.has_bias_row}
+
+    @jax.jit
+    def grads(floats: list[Any]) -> list[Any]:
+        def mixed(floats: list[Any]) -> jax.Array:
+            given = iter(floats)
+            y = outputs([next(given) if f else x for f, x in zip(is_float, leaves, strict=True)])
+            return jnp.vdot(y, jax.random.normal(jax.random.key(0), y.shape, y.dtype))
+
+        return jax.grad(mixed)(floats)
+
+    given = iter(grads([x for f, x in zip(is_float, leaves, strict=True) if f]))
+    return [
+        _norms(next(given).astype(jnp.float32), rows.get(i)) if f else None
+        for i, f in enumerate(is_float)
+    ]
+
+
+def _norms(grad: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+    """The gradient's norm; of an augmented kernel that of its bias row, and of the others below."""
+    if axes is None:
+        return jnp.linalg.norm(jnp.ravel(grad))
+    shape = [n if i in axes else 1 for i, n in enumerate(grad.shape)]
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, axes[0])
+    bias, weights = (jnp.linalg.norm(jnp.where(mask, grad, 0)) for mask in (row == 0, row > 0))
+    return jnp.where(row == 0, bias, weights)
+
+
+def _ratios(before: list[Any], after: list[Any]) -> list[Any]:
+    """By how much smaller a step has to be where the outputs depend on a leaf more."""
+    return [
+        x if x is None else jnp.where((x > 0) & (y > 0), x / jnp.where(y > 0, y, 1), 1)
+        for x, y in zip(before, after, strict=True)
+    ]
+
+
+class WithScalesState(NamedTuple):
+    """State of :func:`with_scales`.
+
+    Attributes:
+        inner_state: State of the optimizer inside.
+    """
+
+    inner_state: Any
+
+
+def with_scales(
+    optimizer: optax.GradientTransformation, scales: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes an optimizer step in the parameters divided by ``scales``.
+
+    Its rates, its weight decay, its epsilon then mean what they mean for a network whose parameters
+    are so much larger. Adam's steps, for instance, become ``scales`` times as large, those of SGD
+    the square of it.
+
+    Args:
+        optimizer: What to wrap. :func:`constrain` goes around the result, and reads its metric.
+        scales: Pytree like the parameters, positive; leaves broadcast. :func:`rescale_params`
+            measures them.
+
+    Returns:
+        A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
+
+    Raises:
+        ValueError: from ``init`` and ``update``, ``scales`` has another structure than the
+            parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
+        >>> params = {"hidden": {"kernel": jnp.ones((2, 2))}, "out": {"kernel": jnp.ones((2, 1))}}
+        >>> scales = {"hidden": {"kernel": 0.1}, "out": {"kernel": 10.0}}
+        >>> tx = l1inf.with_scales(optax.adam(1e-3), scales)
+        >>> updates, _ = tx.update(params, tx.init(params), params)
+        >>> updates["hidden"]["kernel"][0, 0].round(6), updates["out"]["kernel"][0, 0].round(6)
+        (Array(-0.0001, dtype=float32), Array(-0.01, dtype=float32))
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def times(tree: Any, power: int) -> Any:
+        return jax.tree.map(lambda x, s: (x * s**power).astype(x.dtype), tree, scales)
+
+    def init_fn(params: Any) -> WithScalesState:
+        return WithScalesState(inner.init(times(params, -1)))
+
+    def update_fn(
+        updates: Any, state: WithScalesState, params: Any = None, **extra: Any
+    ) -> tuple[Any, WithScalesState]:
+        params = None if params is None else times(params, -1)
+        updates, inner_state = inner.update(times(updates, 1), state.inner_state, params, **extra)
+        return times(updates, 1), WithScalesState(inner_state)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
