@@ -130,7 +130,7 @@ def main() -> None:
     watch = training.Watch()
     if options.task == "digits":
         load = functools.cache(training.digits)
-        all_cases = cases(tuple(WIDTHS), (0.1, 0.3, 1.0, 3.0, 10.0), (False, True))
+        all_cases = cases(tuple(WIDTHS), (0.1, 0.3, 1.0, 3.0), (False, True))
         results = table(load, 1860, all_cases)  # 60 epochs
         draw(results, options.out / "small_c.png")
     else:

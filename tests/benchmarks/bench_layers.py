@@ -145,11 +145,9 @@ def main() -> None:
     adam = optax.adam(cosine(3e-3, task.steps))
     params = task.model.init(jax.random.key(0), task.data(0).x[:1])
     of_all = sum(x.size for x in kernels(params))
-    print(
-        "| layers | share of the weights, % | zeros asked, % | method | test accuracy, % ", end=""
-    )
-    print("| zeros of them, % | zeros of all, % |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    heads = "layers | of the weights, % | zeros asked, % | method | test accuracy, %"
+    print(f"| {heads} | zeros of them, % | zeros of all, % |")
+    print("| --- " * 7 + "|")
     row("none | | |", adam, ("*",))
     for group, globs in task.groups.items():
         size = 100 * sum(x.size for x in kernels(params, globs)) / of_all
