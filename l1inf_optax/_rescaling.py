@@ -22,6 +22,7 @@ from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection.arguments import brief, is_traced
 from l1inf_optax._pruning import Prune
 from l1inf_optax._schedules import Shrink
+from l1inf_optax._transform import PLACEHOLDER
 
 _SAME = 0.02  # factors that count as equal
 
@@ -94,8 +95,8 @@ def rescale_params(
         >>> small, scales = l1inf.rescale_params(model.apply, params, x, c)
         >>> bool(jnp.allclose(model.apply(small, x), model.apply(params, x), atol=1e-5))
         True
-        >>> scales["params"]["readout"]["kernel"].round(3)
-        Array(100., dtype=float32)
+        >>> round(float(scales["params"]["readout"]["kernel"]), 2)
+        100.0
         >>> tx = l1inf.constrain(l1inf.with_scales(optax.adam(1e-3), scales), c)
     """
     if not (isinstance(reference, int | float) and 0 < reference < math.inf):
@@ -111,7 +112,8 @@ def rescale_params(
     def outputs(leaves: list[Any]) -> jax.Array:
         """What tells inputs apart, in one vector."""
         y = apply(jax.tree.unflatten(structure, leaves), inputs)
-        return jnp.concatenate([jnp.ravel(x - x.mean(0)) for x in jax.tree.leaves(y)])
+        parts = [x.astype(jnp.float32) for x in jax.tree.leaves(y)]
+        return jnp.concatenate([jnp.ravel(x - x.mean(0)) for x in parts])
 
     size = jax.jit(lambda leaves: jnp.linalg.norm(outputs(leaves)))
     # Without biases the network is homogeneous. They start at zero, or follow when it is known how.
@@ -138,12 +140,10 @@ def rescale_params(
             )
         factors |= {i: lost ** (-1 / len(takers)) for layer in takers for i in layer.kernels}
         small = _scaled(start, factors)
-    scales = _ratios(*(_sensitivities(outputs, x, found) for x in (start, small)))
+    before, after = (_sensitivities(outputs, x, found) for x in (start, small))
+    scales = [_scale(*x) for x in zip(leaves, before, after, strict=True)]
     own = {i for layer in found for i in layer.leaves}
-    rescaled = [
-        x if i not in own else (x * scale).astype(x.dtype)
-        for i, (x, scale) in enumerate(zip(leaves, scales, strict=True))
-    ]
+    rescaled = [(x * scales[i]).astype(x.dtype) if i in own else x for i, x in enumerate(leaves)]
     return Rescaled(*(jax.tree.unflatten(structure, x) for x in (rescaled, scales)))
 
 
@@ -204,12 +204,12 @@ def _norms(grad: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     return jnp.where(row == 0, bias, weights)
 
 
-def _ratios(before: list[Any], after: list[Any]) -> list[Any]:
-    """By how much smaller a step has to be where the outputs depend on a leaf more."""
-    return [
-        x if x is None else jnp.where((x > 0) & (y > 0), x / jnp.where(y > 0, y, 1), 1)
-        for x, y in zip(before, after, strict=True)
-    ]
+def _scale(leaf: Any, before: jax.Array | None, after: jax.Array | None) -> Any:
+    """How much smaller steps have to be where outputs depend more on a leaf than they did."""
+    if before is None or after is None:
+        return jnp.ones([]) if hasattr(leaf, "dtype") else leaf
+    is_known = (before > 0) & (after > 0)
+    return jnp.where(is_known, before / jnp.where(after > 0, after, 1), 1)
 
 
 class WithScalesState(NamedTuple):
@@ -254,17 +254,27 @@ def with_scales(
     """
     inner = optax.with_extra_args_support(optimizer)
 
-    def times(tree: Any, power: int) -> Any:
-        return jax.tree.map(lambda x, s: (x * s**power).astype(x.dtype), tree, scales)
+    def scaled(tree: Any, operation: Callable[[Any, Any], Any]) -> Any:
+        structure, own = jax.tree.structure(tree), jax.tree.structure(scales)
+        if str(structure) != str(own):
+            raise ValueError(
+                f"scales has the structure {own}, not that of the parameters or updates, "
+                f"{structure}: give what rescale_params returned for these, and put with_scales "
+                "around masks and partitions"
+            )
+        return jax.tree.map(lambda x, scale: operation(x, scale).astype(x.dtype), tree, scales)
 
     def init_fn(params: Any) -> WithScalesState:
-        return WithScalesState(inner.init(times(params, -1)))
+        is_placeholder = isinstance(params, PLACEHOLDER)
+        return WithScalesState(inner.init(params if is_placeholder else scaled(params, jnp.divide)))
 
     def update_fn(
         updates: Any, state: WithScalesState, params: Any = None, **extra: Any
     ) -> tuple[Any, WithScalesState]:
-        params = None if params is None else times(params, -1)
-        updates, inner_state = inner.update(times(updates, 1), state.inner_state, params, **extra)
-        return times(updates, 1), WithScalesState(inner_state)
+        if params is not None:
+            params = scaled(params, jnp.divide)
+        updates = scaled(updates, jnp.multiply)
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
+        return scaled(updates, jnp.multiply), WithScalesState(inner_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -273,7 +273,7 @@ def constrain(
                 "them a second time: give it the optimizer alone, as in "
                 "constrain(optax.adam(1e-3), c)"
             )
-        if metric == "auto" and not isinstance(params, _PLACEHOLDER):
+        if metric == "auto" and not isinstance(params, PLACEHOLDER):
             chosen = _layers.constrained_layers(params, c, layers)
             _trial.check(inner, state, params, [layer for layer, _ in chosen], neutral)
         return ConstrainState(state, ball.init(params))
@@ -409,7 +409,7 @@ def _keep_params_in_ball(
 
     def init_fn(params: Any) -> KeepParamsInL1InfBallState:
         step = jnp.zeros([], jnp.int32)
-        if isinstance(params, _PLACEHOLDER):
+        if isinstance(params, PLACEHOLDER):
             # One leaf stands for all thresholds. A placeholder would make parameters of them.
             one_leaf: Any = jnp.zeros([])
             shrinks = any(isinstance(radius, Shrink) for radius in _layers.radii(c))
@@ -458,7 +458,7 @@ def _optax_placeholder() -> type:
     return seen[0]
 
 
-_PLACEHOLDER = _optax_placeholder()
+PLACEHOLDER = _optax_placeholder()
 
 
 def _check_belongs(state: KeepParamsInL1InfBallState, chosen: list[tuple[Layer, Radius]]) -> None:
@@ -544,6 +544,8 @@ def as_schedules(
     memories = _memories([ball for ball in balls if ball.step > 0])
 
     def schedule(layer: Layer, radius: Radius) -> Radius:
+        if isinstance(radius, Prune):
+            return radius.c
         if not isinstance(radius, Shrink):
             return radius
         memory = memories.get(layer.leaf_path)

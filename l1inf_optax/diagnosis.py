@@ -20,6 +20,7 @@ import optax
 from l1inf_optax import _layers, _optimizers
 from l1inf_optax._layers import Layer, Layers, Radii, Radius, radius_at
 from l1inf_optax._projection.arguments import check_radius, is_traced
+from l1inf_optax._pruning import Prune
 from l1inf_optax._schedules import STILL_FALLING, Shrink
 from l1inf_optax._transform import (
     ConstrainState,
@@ -38,6 +39,7 @@ Constrained = list[tuple[Layer, Radius]]
 
 _OUTPUT_NAMES = {"classifier", "head", "lm_head", "logits", "output", "output_layer", "readout"}
 _BATCH_NORM = re.compile(r"batch_?norm|(^|_)bn(_?\d|$)", re.IGNORECASE)
+_LEAST_SPREAD = 0.01  # of outputs over inputs: losses notice about 1
 _LEAST_SIGNAL = 1e-3  # what is left of an input's differences after constrained layers in a row
 _MOST_BIAS = 0.9  # of a column's norm
 _ROUNDED = 1 + 1e-5  # a schedule's float32 depends on how it is compiled
@@ -114,15 +116,16 @@ def diagnose(
     state: Any = None,
     grads: Any = None,
     steps: int | None = None,
+    outputs: Any = None,
 ) -> Diagnosis:
     """Looks for mistakes that raise no error, and names cause and cure of each.
 
     Call it once before training, with gradients if there are some, and again when training goes
     wrong. It looks at the order of the chain, the optimizer beside the projection, which layers are
     constrained, at what radius and for how long, and where the columns lie in the ball; with
-    ``grads`` also at what one step does. No finding is no proof that all is well. Nothing is
-    emitted as a Python warning: those are shown once only, and a question is answered by what it
-    returns.
+    ``grads`` also at what one step does, and with ``outputs`` at whether they vary. No finding is
+    no proof that all is well. Nothing is emitted as a Python warning: those are shown once only,
+    and a question is answered by what it returns.
 
     Args:
         tx: The whole transformation, as it is trained with; or the `nnx.Optimizer` or `TrainState`
@@ -136,13 +139,16 @@ def diagnose(
             ``tx.update(grads, state, params)``, and thrown away.
         steps: The number of updates that are planned, or ``None``. Then schedules are looked at up
             to there, and zeros are expected in the end.
+        outputs: What the network makes of some inputs with ``params``, an array with the examples
+            along its first axis, or ``None``. They should differ.
 
     Returns:
         A :class:`Diagnosis`.
 
     Raises:
         ValueError: as :func:`keep_params_in_l1inf_ball`; ``tx`` is no transformation; ``steps`` is
-            not positive; ``c`` and ``layers`` constrain others than ``tx`` does.
+            not positive; ``c`` and ``layers`` constrain others than ``tx`` does; ``outputs`` are
+            not those of two inputs at least.
 
     Example:
         >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -196,7 +202,7 @@ def diagnose(
         *_optimizer(state, constrained),
         *_output_layer(found, constrained, c),
         *_vanishing_c(constrained, steps),
-        *_small_c(columns),
+        *(_small_c(columns) if outputs is None else _constant_outputs(outputs, constrained)),
         *([] if dead or elsewhere else _large_c(columns, own)),
         *dead,
         *_biases(columns),
@@ -444,14 +450,21 @@ def _hold_from(own: Constrained, kept: Sequence[Kept]) -> dict[str, int]:
         for path in ball.radii
     }
     by_radius = {
-        layer.leaf_path: int(radius.over)
+        layer.leaf_path: int(since)
         for layer, radius in own
-        if isinstance(radius, Shrink) and radius.hold and not is_traced(radius.over)
+        if (since := _held_after(radius)) is not None and not is_traced(since)
     }
     return {
         path: min(numbers[path] for numbers in (by_number, by_radius) if path in numbers)
         for path in by_number | by_radius
     }
+
+
+def _held_after(radius: Any) -> Any:
+    """The number of updates after which a radius holds all zeros that it makes, if it does."""
+    if isinstance(radius, Prune):
+        return radius.start + radius.over
+    return radius.over if isinstance(radius, Shrink) and radius.hold else None
 
 
 def _never_held(
@@ -640,10 +653,31 @@ def _small_c(columns: list[_Columns]) -> Iterator[Finding]:
                 f"The radii multiply to {signal:.2g} along these layers, and at most so much is "
                 "left behind them of what two inputs differ by: the network is almost constant, "
                 "and its gradients vanish.",
-                "Choose a larger c (l1inf.selection.cross_validate finds one), start with a larger "
-                "c that falls by a schedule, or make the output layer's weights larger by as much.",
+                "Start with l1inf.rescale_params, which gives the free layers as much back, or "
+                "choose a larger c. If that is done, give outputs, which tell more than radii.",
             )
             return
+
+
+def _constant_outputs(outputs: Any, constrained: Constrained) -> Iterator[Finding]:
+    """Outputs that are the same for all inputs, next to what a loss notices."""
+    parts = [np.asarray(x, np.float64) for x in jax.tree.leaves(outputs)]
+    if any(x.ndim == 0 or len(x) < 2 for x in parts):
+        raise ValueError(
+            "outputs needs the outputs for two inputs at least, along its first axis: give "
+            "apply(params, inputs) for some inputs that differ"
+        )
+    spread = max(float(x.std(0).max(initial=0)) for x in parts)
+    if spread < _LEAST_SPREAD:
+        yield Finding(
+            "outputs hardly vary",
+            "warning",
+            tuple(layer.path for layer, _ in constrained),
+            f"Over these inputs no output has a standard deviation above {spread:.2g}: the balls "
+            "take the signal away, and gradients vanish with it.",
+            "Start with l1inf.rescale_params, which gives the free layers as much back, and let "
+            "the optimizer follow with l1inf.with_scales; or choose a larger c.",
+        )
 
 
 def _large_c(columns: list[_Columns], own: Constrained) -> Iterator[Finding]:

@@ -128,6 +128,27 @@ def test_a_radius_falls_from_a_share_of_a_norm_and_holds_the_zeros(start):
     assert np.abs(kernel).sum(0).max() <= radius
 
 
+def test_a_share_of_the_weights_becomes_zero_and_stays(start):
+    tx = l1inf.constrain(optax.adam(0.05), {"hidden_*": l1inf.prune(0.75, over=2)})
+    params, state = start, tx.init(start)
+    for _ in range(4):
+        updates, state = jax.jit(tx.update)(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        weights = np.asarray(params["params"]["hidden_0"]["augmented_kernel"])[1:]
+    assert (weights == 0).sum() == np.ceil(0.75 * weights.size)
+
+
+def test_small_balls_are_made_up_for_in_the_readout(start):
+    def apply(params, x):
+        return MODEL.apply(params, x)
+
+    rescaled = l1inf.rescale_params(apply, start, X, {"hidden_*": C / 10}, reference=C)
+    assert isinstance(rescaled, l1inf.Rescaled)
+    np.testing.assert_allclose(apply(rescaled.params, X), apply(start, X), rtol=1e-4, atol=1e-5)
+    state = l1inf.with_scales(optax.adam(0.1), rescaled.scales).init(rescaled.params)
+    assert isinstance(state, l1inf.WithScalesState)
+
+
 def test_a_state_comes_back_from_a_checkpoint(trained, tmp_path):
     (_, state), _ = trained["chained"]
     with ocp.StandardCheckpointer() as checkpointer:

@@ -36,6 +36,7 @@ OPTIMIZERS = {
     ),
     "adam": lambda: l1inf.constrain(optax.adam(1e-2), 1.0),
     "shrink": lambda: l1inf.constrain(optax.adam(1e-2), l1inf.shrink(zeros=0.5, over=6)),
+    "prune": lambda: l1inf.constrain(optax.adam(1e-2), l1inf.prune(0.5, over=6, c=3.0)),
 }
 
 
@@ -205,6 +206,27 @@ def test_a_loop_of_updates_keeps_its_types_under_explicit_sharding():
     for layer in params.values():
         columns = np.vstack([layer["bias"], layer["kernel"]])
         assert all(oracle.norm64(column) <= 1 for column in columns.T)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["columns", "rows", "both"])
+def test_zeros_are_counted_over_all_devices(layout, mode):
+    tx, start, where = OPTIMIZERS["prune"](), tree(0), mesh(mode)
+
+    def trained(place):
+        params, state = place(start), tx.init(place(start))
+        update = jax.jit(tx.update)
+        for i in range(1, 8):
+            updates, state = update(place(tree(i)), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    expected = trained(lambda x: x)
+    zeros = sum(int((x["kernel"] == 0).sum()) for x in expected.values())
+    assert zeros >= N * UNITS
+    with jax.set_mesh(where):
+        params = trained(partial(placed, mesh=where, layout=layout))
+    chex.assert_trees_all_close(params, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

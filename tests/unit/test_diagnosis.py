@@ -32,6 +32,7 @@ GRADS = jax.tree.map(jnp.ones_like, PARAMS)
 UNEVEN = jax.tree.map(  # biases without a gradient
     lambda x: jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape) * (x.ndim > 1), PARAMS
 )
+INPUTS = jnp.eye(8)
 C = {"hidden_*": 1.0}
 KEEP = l1inf.keep_params_in_l1inf_ball(C)
 SGD = optax.chain(optax.sgd(0.1), KEEP)
@@ -43,6 +44,25 @@ def with_hidden_0(hidden_0):
 
 def numbered(sizes, weight=None):
     return {f"Dense_{i}": layer(n, m, weight) for i, (n, m) in enumerate(itertools.pairwise(sizes))}
+
+
+def network(params, x):
+    for own in params.values():
+        x = jax.nn.relu(x @ own["kernel"] * jnp.arange(1, own["bias"].size + 1) + own["bias"])
+    return x * jnp.arange(1, 9)[:, None]
+
+
+class Halved:
+    """A schedule with a name to show."""
+
+    def __call__(self, step):
+        return 0.5**step
+
+    def __repr__(self):
+        return "halved"
+
+
+halved = Halved()
 
 
 def masked_without_bias():
@@ -95,6 +115,18 @@ ERRORS = {
     "more zeros than leave a weight": lambda: l1inf.keep_params_in_l1inf_ball(
         {"hidden_1": l1inf.shrink(zeros=0.9, over=10)}
     ).init(PARAMS),
+    "a share of zeros in per cent": lambda: l1inf.prune(95, over=1000),
+    "nothing takes up the scale": lambda: l1inf.rescale_params(network, PARAMS, INPUTS, 0.5),
+    "a radius whose end is not known": lambda: l1inf.rescale_params(
+        network, PARAMS, INPUTS, {"hidden_1": halved}
+    ),
+    "the same outputs for all inputs": lambda: l1inf.rescale_params(
+        network, jax.tree.map(jnp.zeros_like, PARAMS), INPUTS, C
+    ),
+    "scales of other parameters": lambda: l1inf.with_scales(
+        optax.adam(1e-3), {"hidden_0": 0.1}
+    ).init({"readout": jnp.ones(3)}),
+    "outputs for no inputs": lambda: l1inf.diagnose(SGD, PARAMS, C, outputs=jnp.ones((1, 3))),
     "a share of no norm": lambda: l1inf.relative_radii(jax.tree.map(jnp.zeros_like, PARAMS), 0.5),
     "a training state for its parameters": lambda: l1inf.project_params(train_state(), C),
     "a module for its parameters": lambda: l1inf.project_params(nn.Dense(3), 1.0),
@@ -174,6 +206,9 @@ FINDINGS = {
         l1inf.keep_params_in_l1inf_ball(DEEP),
         {**numbered([4, 4, 4, 4], 0.01), "readout": layer(4, 1)},
         DEEP,
+    ),
+    "outputs hardly vary": lambda: l1inf.diagnose(
+        SGD, PARAMS, C, outputs=jnp.linspace(0, 0.007, 40)[:, None]
     ),
     "c too large": lambda: l1inf.diagnose(
         l1inf.keep_params_in_l1inf_ball({"hidden_*": 10.0}), PARAMS, {"hidden_*": 10.0}
