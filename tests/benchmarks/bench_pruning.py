@@ -4,6 +4,7 @@
 scikit-learn's digits; `... mnist --data mnist.npz` one for LeNet-300-100. All start from the same
 trained network and take as many steps again, of Adam with a rate that falls to zero. Each has its
 own rate for each share of zeros, chosen on a seed of its own, whose test data are not used.
+`... scores --data mnist.npz` compares scores that weights may be ranked by, on one seed.
 """
 
 from __future__ import annotations
@@ -88,6 +89,49 @@ METHODS = {
 }
 
 
+# Scores are d w^2: powers of nu, or the shares that weights have of their columns and rows.
+Metric = Callable[[Any, Any], Any]
+
+
+def _power(power: float) -> Metric:
+    def metric(state: Any, params: Any) -> Any:
+        return jax.tree.map(lambda nu: (nu + 1e-30) ** power, optax.tree.get(state, "nu"))
+
+    return metric
+
+
+def _shares(state: Any, params: Any) -> Any:
+    def share(w: jax.Array) -> jax.Array:
+        axes = range(w.ndim)
+        sums = (jnp.sum(jnp.abs(w), axis, keepdims=True) + 1e-30 for axis in axes)
+        return sum(1 / x for x in sums) ** 2
+
+    return jax.tree.map(share, params)
+
+
+SCORES: dict[str, Metric] = {
+    "$w^2$": _power(0.0),
+    "$w^2$ as shares of column and row": _shares,
+    "$\\sqrt\\nu w^2$": _power(0.5),
+    "$\\nu w^2$": _power(1.0),
+}
+
+
+def scores(task: Task, data: Data, params: Any) -> None:
+    print("| score | ranked | zeros asked, % | test accuracy, % |")
+    print("| --- | --- | --- | --- |")
+    adam = optax.adam(cosine(3e-3, task.steps))
+    for share in SHARES:
+        for name, metric in SCORES.items():
+            alone = {f"hidden_{i}": _cubic(share, task.steps) for i in range(2)}
+            together = {"hidden_*": _cubic(share, task.steps)}
+            for ranked, c in (("by layer", alone), ("together", together)):
+                tx = l1inf.constrain(adam, c, metric=metric)
+                after = Program(apply_mlp, tx, task.batch, task.steps).train(params, data, 0)
+                right = training.accuracy(apply_mlp, after, data)
+                print(f"| {name} | {ranked} | {100 * share:g} | {right:.2f} |", flush=True)
+
+
 def program(task: Task, method: Method, share: float, rate: float) -> Program:
     c = {"hidden_*": method.c(share, task.steps)}
     tx = l1inf.constrain(optax.adam(cosine(rate, task.steps)), c, **method.options)
@@ -96,11 +140,11 @@ def program(task: Task, method: Method, share: float, rate: float) -> Program:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["digits", "mnist"])
+    parser.add_argument("task", choices=["digits", "mnist", "scores"])
     parser.add_argument("--data", help="MNIST: an .npz file or a folder of IDX files")
     options = parser.parse_args()
     watch = training.Watch()
-    task = tasks(options.data)[options.task]
+    task = tasks(options.data)["digits" if options.task == "digits" else "mnist"]
     dense_program = Program(apply_mlp, optax.adam(cosine(3e-3, task.steps)), task.batch, task.steps)
 
     @functools.cache
@@ -118,6 +162,10 @@ def main() -> None:
             training.zeros(params, hidden(params)),
         )
 
+    if options.task == "scores":
+        scores(task, *dense(0))
+        print(f"\n{watch}")
+        return
     accuracies = [training.accuracy(apply_mlp, dense(seed)[1], dense(seed)[0]) for seed in SEEDS]
     print(f"Trained without constraint: {training.mean_and_spread(accuracies)}\n")
     print("| zeros asked, % | method | rate | test accuracy, % | zeros, % |")
