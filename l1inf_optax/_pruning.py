@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 Operands = tuple[Arrays, Arrays]  # parameters and their updates
 
+_MOST_WEIGHTS = 2**31 - 1  # int32, which counts them
 _ROUNDS = 100  # that the zeros come in, at most: a round ranks all weights
 
 
@@ -102,7 +103,8 @@ def prune(
 
     Raises:
         ValueError: ``zeros`` is not between 0 and 1, ``over`` no positive whole number, ``start``
-            none or negative, ``c`` no radius.
+            none or negative, ``c`` no radius; and, from ``update``, more than 2^31 weights are to
+            be ranked together.
 
     References:
         LeCun, Denker and Solla (1990), *Optimal brain damage*, for the weighted squares. Zhu and
@@ -166,11 +168,16 @@ def _falling(
         layer.weights_of_a_unit(score[-len(layer.kernels) :]) * math.prod(layer.columns_shape)
         for layer, score in zip(layers, scores, strict=True)
     )
+    if size > _MOST_WEIGHTS:
+        raise ValueError(
+            f"zeros={brief(own.zeros)} is asked of {size:,} weights together, more than can be "
+            "counted: give groups of layers a prune(...) of their own"
+        )
     zeros = size - _count(layers, [tuple(x > 0 for x in score) for score in scores])
     wanted, is_due = own.due(step, zeros, size)
     # What is nearer to zero than the last that stays. Ties stay: no order among them is right.
     least = jax.lax.cond(
-        is_due, lambda: _kth_largest(layers, scores, size - wanted), lambda: jnp.zeros([])
+        is_due, lambda: _kth_largest(layers, scores, size - wanted), lambda: jnp.float32(0)
     )
     return [
         layer.of_weights(tuple(x < least for x in score))
@@ -222,8 +229,8 @@ def _kth_largest(layers: Sequence[Layer], scores: Sequence[Arrays], k: jax.Array
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
     def with_bit(i: jax.Array, bits: jax.Array) -> jax.Array:
-        more = bits | (1 << (30 - i))
+        more = bits | (jnp.int32(1) << (30 - i))
         at_least = [tuple(x >= of_bits(more) for x in score) for score in scores]
         return jnp.where(_count(layers, at_least) >= k, more, bits)
 
-    return of_bits(jax.lax.fori_loop(0, 31, with_bit, jnp.int32(0)))
+    return of_bits(jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), with_bit, jnp.int32(0)))

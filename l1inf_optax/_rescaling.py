@@ -63,7 +63,8 @@ def rescale_params(
 
     What scales to take is measured, so neither names nor the order of layers matter: a leaf's is
     the ratio of the gradients of the outputs before and after. A norm behind a layer makes its
-    scale harmless, and that shows there, too.
+    scale harmless, and that shows there, too. It needs numbers: call it before training, outside
+    of `jax.jit`.
 
     Args:
         apply: A function of the parameters and ``inputs`` to the outputs, an array with the
@@ -128,11 +129,12 @@ def rescale_params(
     small = _scaled(start, factors)
     lost = float(size(small) / size(start))
     if abs(lost - 1) > _SAME:
-        doubled = {
-            layer: float(size(_scaled(small, dict.fromkeys(layer.kernels, 2.0))) / size(small))
+        takers = [
+            layer
             for layer in free
-        }
-        takers = [layer for layer, ratio in doubled.items() if abs(ratio - 2) < _SAME]
+            if abs(size(_scaled(small, dict.fromkeys(layer.kernels, 2.0))) / size(small) / 2 - 1)
+            < _SAME
+        ]
         if not takers:
             raise ValueError(
                 f"c={brief(c)} leaves {lost:.2g} of the outputs, and no free layer's weights scale "

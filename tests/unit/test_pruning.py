@@ -259,6 +259,21 @@ def test_scan_vmap_and_inject_hyperparams():
     assert zeros(train(make(1e-2, 0.5), params, OVER)[-1]) == SIZE // 2
 
 
+@pytest.mark.usefixtures("x64")
+def test_float64():
+    params = tree(dtype=jnp.float64)
+    after = train(l1inf.constrain(optax.adam(1e-2), hidden(0.8)), params, OVER)[-1]
+    assert after["hidden_0"]["kernel"].dtype == jnp.float64
+    assert zeros(after) == math.ceil(0.8 * SIZE)
+
+
+def test_more_weights_than_can_be_counted_are_an_error():
+    params = {"kernel": jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)}
+    tx = l1inf.keep_params_in_l1inf_ball(l1inf.prune(0.5, over=3))
+    with pytest.raises(ValueError, match="2,147,483,648 weights"):
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+
+
 def test_partition_and_masked_count_their_own_layers():
     tx = optax.partition(
         {"own": l1inf.constrain(optax.adam(1e-2), hidden(0.5)), "other": optax.sgd(1e-2)},
