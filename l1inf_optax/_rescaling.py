@@ -235,15 +235,14 @@ def with_scales(
 
     Args:
         optimizer: What to wrap. :func:`constrain` goes around the result, and reads its metric.
-        scales: Pytree like the parameters, positive; leaves broadcast. :func:`rescale_params`
-            measures them.
+        scales: Pytree with the paths of the parameters, positive; leaves broadcast.
+            :func:`rescale_params` measures them.
 
     Returns:
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
 
     Raises:
-        ValueError: from ``init`` and ``update``, ``scales`` has another structure than the
-            parameters.
+        ValueError: from ``init`` and ``update``, ``scales`` has nothing for a leaf.
 
     Example:
         >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -256,15 +255,20 @@ def with_scales(
     """
     inner = optax.with_extra_args_support(optimizer)
 
+    by_path = dict(_layers.named_leaves(scales))  # NNX hands out parameters with and without boxes
+
     def scaled(tree: Any, operation: Callable[[Any, Any], Any]) -> Any:
-        structure, own = jax.tree.structure(tree), jax.tree.structure(scales)
-        if str(structure) != str(own):
-            raise ValueError(
-                f"scales has the structure {own}, not that of the parameters or updates, "
-                f"{structure}: give what rescale_params returned for these, and put with_scales "
-                "around masks and partitions"
-            )
-        return jax.tree.map(lambda x, scale: operation(x, scale).astype(x.dtype), tree, scales)
+        leaves = []
+        for path, x in _layers.named_leaves(tree):
+            if hasattr(x, "dtype"):
+                if path not in by_path:
+                    raise ValueError(
+                        f"scales has no leaf at {path!r}, but at {brief(sorted(by_path))}: give "
+                        "what rescale_params returned for these parameters"
+                    )
+                x = operation(x, by_path[path]).astype(x.dtype)
+            leaves.append(x)
+        return jax.tree.unflatten(_layers.flatten(tree)[1], leaves)
 
     def init_fn(params: Any) -> WithScalesState:
         is_placeholder = isinstance(params, PLACEHOLDER)

@@ -24,6 +24,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from l1inf_optax._conventions import AUGMENTED_KERNEL
 from l1inf_optax._html import module_html
+from l1inf_optax._rescaling import Rescaled, rescale_params
 
 __all__ = ["AugmentedConv", "AugmentedDense", "AugmentedMLP"]
 
@@ -272,3 +273,31 @@ class AugmentedMLP(nn.Module):
             layer = AugmentedDense(width, name=f"hidden_{index}", **options)
             inputs = self.activation(layer(inputs))
         return nn.Dense(readout, name="readout", **options)(inputs)
+
+    def rescale(
+        self, variables: Any, inputs: jax.Array, c: Any, *, reference: float = 5.0
+    ) -> Rescaled:
+        """Scales a fresh network into balls of any radius: see `l1inf_optax.rescale_params`.
+
+        Args:
+            variables: from `init`.
+            inputs: some inputs, of shape `(batch, d_in)`.
+            c: the radii, as for `l1inf_optax.constrain`; the readout stays free.
+            reference: the radius whose signal smaller ones get.
+
+        Returns:
+            The variables to start from, and the scales for `l1inf_optax.with_scales`.
+
+        Raises:
+            ValueError: as `l1inf_optax.rescale_params`.
+
+        Example:
+            >>> import jax
+            >>> from l1inf_optax import linen
+            >>> model, x = linen.AugmentedMLP((16, 16, 3)), jax.numpy.eye(4)
+            >>> variables = model.init(jax.random.key(0), x)
+            >>> small, scales = model.rescale(variables, x, {"hidden_*": 0.5})
+            >>> round(float(scales["params"]["readout"]["kernel"]), 2)
+            100.0
+        """
+        return rescale_params(self.apply, variables, inputs, c, reference=reference)

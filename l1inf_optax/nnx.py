@@ -25,6 +25,7 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 
 from l1inf_optax._conventions import AUGMENTED_KERNEL
 from l1inf_optax._html import module_html
+from l1inf_optax._rescaling import rescale_params
 
 __all__ = ["AugmentedConv", "AugmentedLinear", "AugmentedMLP"]
 
@@ -391,3 +392,34 @@ class AugmentedMLP(nnx.Module):
         for name in self.hidden_names:
             inputs = self.activation(getattr(self, name)(inputs))
         return self.readout(inputs)
+
+    def rescale(self, inputs: jax.Array, c: Any, *, reference: float = 5.0) -> Any:
+        """Scales itself, fresh, into balls of any radius: see `l1inf_optax.rescale_params`.
+
+        Args:
+            inputs: some inputs, of shape `(batch, in_features)`.
+            c: the radii, as for `l1inf_optax.constrain`; the readout stays free.
+            reference: the radius whose signal smaller ones get.
+
+        Returns:
+            The scales for `l1inf_optax.with_scales`, a state like that of the parameters.
+
+        Raises:
+            ValueError: as `l1inf_optax.rescale_params`.
+
+        Example:
+            >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
+            >>> from flax import nnx
+            >>> model = l1inf.nnx.AugmentedMLP(4, (16, 16, 3), rngs=nnx.Rngs(0))
+            >>> c = {"hidden_*": 0.5}
+            >>> adam = l1inf.with_scales(optax.adam(1e-3), model.rescale(jnp.eye(4), c))
+            >>> optimizer = nnx.Optimizer(model, l1inf.constrain(adam, c), wrt=nnx.Param)
+        """
+        graph, params, *others = nnx.split(self, nnx.Param, ...)
+
+        def apply(params: Any, inputs: jax.Array) -> jax.Array:
+            return nnx.merge(graph, params, *others)(inputs)
+
+        small, scales = rescale_params(apply, params, inputs, c, reference=reference)
+        nnx.update(self, small)
+        return scales

@@ -36,18 +36,25 @@ class Case(NamedTuple):
     rescaled: bool = False
 
 
-def trial(case: Case, data: Data, steps: int, seed: int) -> tuple[float, float]:
-    """Test accuracy and zeros of the hidden weights, in per cent."""
-    params = training.mlp((784, *WIDTHS[case.depth], 10), jax.random.key(seed))
-    tx: Any = optax.adam(cosine(RATE, steps))
-    if case.c < FREE:
-        c = {"hidden_*": l1inf.shrink(case.c, over=steps // 2)}
+def trials(case: Case, load: Callable[[int], Data], steps: int) -> Iterator[tuple[float, float]]:
+    """For each seed test accuracy and zeros of the hidden weights, in per cent."""
+    adam = optax.adam(cosine(RATE, steps))
+    c = {"hidden_*": l1inf.shrink(case.c, over=steps // 2)}
+    program = None
+    for seed in SEEDS:
+        data = load(seed)
+        params = training.mlp((784, *WIDTHS[case.depth], 10), jax.random.key(seed))
+        tx: Any = adam
         if case.rescaled:
             params, scales = l1inf.rescale_params(apply_mlp, params, data.x[:BATCH], c)
-            tx = l1inf.with_scales(tx, scales)
-        tx = l1inf.constrain(tx, c)
-    params = Program(apply_mlp, tx, BATCH, steps).train(params, data, seed)
-    return training.accuracy(apply_mlp, params, data), training.zeros(params, hidden(params))
+            tx = l1inf.with_scales(adam, scales)
+        if program is None:  # scales are those of the radii, whatever the seed: compiled once
+            program = Program(
+                apply_mlp, l1inf.constrain(tx, c) if case.c < FREE else tx, BATCH, steps
+            )
+        params = program.train(params, data, seed)
+        right = training.accuracy(apply_mlp, params, data)
+        yield right, training.zeros(params, hidden(params))
 
 
 Results = dict[Case, np.ndarray]
@@ -58,7 +65,7 @@ def table(load: Callable[[int], Data], steps: int, cases: Iterable[Case]) -> Res
     print("| --- | --- | --- | --- | --- |")
     results = {}
     for case in cases:
-        found = np.array([trial(case, load(seed), steps, seed) for seed in SEEDS])
+        found = np.array(list(trials(case, load, steps)))
         cells = " | ".join(map(training.mean_and_spread, found.T))
         c, rescaled = ("none", "") if case.c == FREE else (f"{case.c:g}", case.rescaled)
         print(f"| {case.depth} | {c} | {rescaled} | {cells} |", flush=True)
