@@ -194,7 +194,7 @@ class Layer(NamedTuple):
         ]
         norms = functools.reduce(jnp.add, sums)
         # What is not finite stays in its own column.
-        return self._of_each_matrix(jnp.max, jnp.where(jnp.isfinite(norms), norms, 0))
+        return self.of_each_matrix(jnp.max, jnp.where(jnp.isfinite(norms), norms, 0))
 
     def for_columns(self, x: jax.Array) -> jax.Array:
         """What there is for each matrix of the batch, for each column; a scalar remains one."""
@@ -228,9 +228,9 @@ class Layer(NamedTuple):
         counts = [jnp.sum(mask, self.reduction_axes) for mask in zero_weights]
         rows = self.weights_of_a_unit(zero_weights[-len(self.kernels) :])
         share = functools.reduce(jnp.add, counts) / rows
-        return self._of_each_matrix(jnp.mean, share)
+        return self.of_each_matrix(jnp.mean, share)
 
-    def _of_each_matrix(self, reduce: Callable[..., jax.Array], columns: jax.Array) -> jax.Array:
+    def of_each_matrix(self, reduce: Callable[..., jax.Array], columns: jax.Array) -> jax.Array:
         """One number for all columns of each matrix, in `matrices_shape`."""
         if not self.batch_axes:
             return reduce(columns)

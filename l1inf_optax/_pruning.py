@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from l1inf_optax._projection.arguments import (
     Arrays,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Operands = tuple[Arrays, Arrays]  # parameters and their updates
 
 _MOST_WEIGHTS = 2**31 - 1  # int32, which counts them
+_ABOVE_ALL = float(np.finfo(np.float32).max)
 _ROUNDS = 100  # that the zeros come in, at most: a round ranks all weights
 
 
@@ -52,17 +54,18 @@ class Prune:
             size: How many weights there are.
         """
         share = jnp.clip((step + 1 - self.start) / self.over, 0, 1)
-        in_the_end = self.zeros * size
-        # As an integer, exactly: float32 would round the count of a large network.
+        # As an integer, exactly: float32 would round the count of a large network. A product that
+        # is above a whole number by its own rounding alone counts as that number.
+        exact = self.zeros * size
         in_the_end = (
-            jnp.ceil(in_the_end).astype(jnp.int32)
-            if is_traced(in_the_end)
-            else jnp.asarray(math.ceil(in_the_end), jnp.int32)
+            jnp.ceil(exact * (1 - 1e-6)).astype(jnp.int32)
+            if is_traced(exact)
+            else jnp.asarray(math.ceil(float(exact) * (1 - 1e-12)), jnp.int32)
         )
         so_far = jnp.floor(in_the_end * (1 - (1 - share) ** 3)).astype(jnp.int32)
         wanted = jnp.where(share < 1, jnp.minimum(so_far, in_the_end), in_the_end)
         missing = wanted - zeros
-        is_a_round = (missing * _ROUNDS >= in_the_end) | (share == 1)
+        is_a_round = (missing >= in_the_end / _ROUNDS) | (share == 1)
         return wanted, (missing > 0) & is_a_round
 
 
@@ -75,16 +78,18 @@ def prune(
 ) -> Prune:
     r"""Makes the weights nearest to zero zero, more and more of them; then these stay zero.
 
-    Use it wherever ``c`` is a number: ``constrain(optimizer, {"hidden_*": prune(0.95, over=2000)},
-    )``. It suits trained networks and those with several hidden layers, which a ball that shrinks
-    (:func:`shrink`) would cripple while it chooses zeros: nothing but the zeros is changed.
+    Use it wherever ``c`` is a number, as in
+    ``constrain(optimizer, {"hidden_*": prune(0.95, over=2000)})``. It suits trained networks and
+    those with several hidden layers, which a ball that shrinks (:func:`shrink`) would cripple while
+    it chooses zeros: nothing but the zeros is changed.
 
     Which weights: those whose loss moves the parameters least, in the metric the optimizer steps
     in. With Adam's :math:`d = \sqrt{\hat\nu} + \epsilon` these are the ones with the smallest
     :math:`d_i w_i^2`, so that what is left is the nearest point to w, in that metric, with so many
-    zeros. All layers that share one ``prune`` are ranked together: those that need their weights
-    more keep more of them. In the Euclidean metric, of SGD and of
-    :func:`keep_params_in_l1inf_ball`, it is pruning by magnitude.
+    zeros. All layers that share one ``prune`` are ranked together, and each keeps one weight at
+    least: in Adam's metric those that need their weights more keep more of them. In the Euclidean
+    metric, of SGD and of :func:`keep_params_in_l1inf_ball`, it is pruning by magnitude, and a layer
+    whose weights are small loses most of them; give each layer a ``prune`` of its own there.
 
     The share of zeros rises as a cubic, fast at first and slowly in the end, in at most a hundred
     rounds. Between them the network recovers. Biases are left alone.
@@ -95,7 +100,7 @@ def prune(
         over: Number of updates in which it rises: a half to three quarters of all of them. The
             learning rate should fall to zero in the others.
         start: Number of updates before it rises. From then on zeros stay, also those that there
-            were: a mask of any origin is kept.
+            were: a mask of any origin is kept. Only a layer that is all zero may start.
         c: Radius of the ball around it: a number or an optax schedule; none by default.
 
     Returns:
@@ -103,8 +108,8 @@ def prune(
 
     Raises:
         ValueError: ``zeros`` is not between 0 and 1, ``over`` no positive whole number, ``start``
-            none or negative, ``c`` no radius; and, from ``update``, more than 2^31 weights are to
-            be ranked together.
+            no whole number or negative, ``c`` no radius; and, from ``update``, more than 2^31
+            weights are to be ranked together.
 
     References:
         LeCun, Denker and Solla (1990), *Optimal brain damage*, for the weighted squares. Zhu and
@@ -160,33 +165,11 @@ def pruned(
     return result
 
 
-def _falling(
-    own: Prune, layers: Sequence[Layer], scores: Sequence[Arrays], step: jax.Array
-) -> list[Arrays]:
-    """Which weights become zero in this update."""
-    size = sum(
-        layer.weights_of_a_unit(score[-len(layer.kernels) :]) * math.prod(layer.columns_shape)
-        for layer, score in zip(layers, scores, strict=True)
-    )
-    if size > _MOST_WEIGHTS:
-        raise ValueError(
-            f"zeros={brief(own.zeros)} is asked of {size:,} weights together, more than can be "
-            "counted: give groups of layers a prune(...) of their own"
-        )
-    zeros = size - _count(layers, [tuple(x > 0 for x in score) for score in scores])
-    wanted, is_due = own.due(step, zeros, size)
-    # What is nearer to zero than the last that stays. Ties stay: no order among them is right.
-    least = jax.lax.cond(
-        is_due, lambda: _kth_largest(layers, scores, size - wanted), lambda: jnp.float32(0)
-    )
-    return [
-        layer.of_weights(tuple(x < least for x in score))
-        for layer, score in zip(layers, scores, strict=True)
-    ]
-
-
 def _held(layer: Layer, operands: Operands, is_on: jax.Array) -> Operands:
-    """The operands, zeros of the parameters unmoved. A layer that is all zero has yet to start."""
+    """The operands, zeros of the parameters unmoved.
+
+    A matrix that is all zero has yet to start: pruning leaves at least one weight to each.
+    """
     params, updates = operands
     zeros = layer.zero_weights(params)
     stays = layer.for_entries(is_on & (layer.share_of_zeros(zeros) < 1))
@@ -208,6 +191,97 @@ def _distances(params: Arrays, updates: Arrays, slopes: Arrays | None) -> Arrays
     return tuple(map(distance, params, updates, slopes or (None,) * len(params)))
 
 
+def _falling(
+    own: Prune, layers: Sequence[Layer], distances: Sequence[Arrays], step: jax.Array
+) -> list[Arrays]:
+    """Which weights become zero in this update."""
+    size = sum(
+        layer.weights_of_a_unit(parts[-len(layer.kernels) :]) * math.prod(layer.columns_shape)
+        for layer, parts in zip(layers, distances, strict=True)
+    )
+    if size > _MOST_WEIGHTS:
+        raise ValueError(
+            f"zeros={brief(own.zeros)} is asked of {size:,} weights together, more than can be "
+            "counted: give groups of layers a prune(...) of their own"
+        )
+    matrices = sum(math.prod(layer.matrices_shape) for layer in layers)
+    zeros = size - _count(layers, [tuple(x > 0 for x in parts) for parts in distances])
+    wanted, is_due = own.due(step, zeros, size)
+    wanted = jnp.minimum(wanted, size - matrices)
+    numbers = _shuffled(distances)
+    scores = [_with_one_left(*x) for x in zip(layers, distances, numbers, strict=True)]
+
+    def last_to_stay() -> tuple[jax.Array, jax.Array]:
+        """The score of the last that stays, and its number among those with the same score."""
+        stay = size - wanted
+        least = _as_float(_largest_bits(31, lambda bits: at_least(_as_float(bits)) >= stay))
+        ties = [tuple(x == least for x in parts) for parts in scores]
+        of_ties = stay - (at_least(least) - _count(layers, ties))
+        number = _largest_bits(
+            32, lambda bits: _count(layers, _both(ties, numbers, bits)) >= of_ties
+        )
+        return least, number
+
+    def at_least(score: jax.Array) -> jax.Array:
+        return _count(layers, [tuple(x >= score for x in parts) for parts in scores])
+
+    least, number = jax.lax.cond(is_due, last_to_stay, lambda: (jnp.float32(0), jnp.uint32(0)))
+    is_known = least < jnp.inf
+    return [
+        layer.of_weights(
+            tuple(
+                is_known & ((x < least) | ((x == least) & (n < number)))
+                for x, n in zip(parts, own_numbers, strict=True)
+            )
+        )
+        for layer, parts, own_numbers in zip(layers, scores, numbers, strict=True)
+    ]
+
+
+def _with_one_left(layer: Layer, distances: Arrays, numbers: Arrays) -> Arrays:
+    """The same, but that a largest one of each matrix is above all that are known: it stays."""
+
+    def largest(parts: Arrays) -> jax.Array:
+        weights = layer.of_weights(tuple(jnp.ones_like(x, bool) for x in parts))
+        tops = (
+            jnp.max(jnp.where(weight, x, 0), layer.reduction_axes)
+            for weight, x in zip(weights, parts, strict=True)
+        )
+        top = layer.of_each_matrix(jnp.max, functools.reduce(jnp.maximum, tops))
+        return layer.for_entries(top)
+
+    top = largest(distances)
+    ties = [(x == top) & (x > 0) for x in distances]
+    first = largest(tuple(jnp.where(tie, n, 0) for tie, n in zip(ties, numbers, strict=True)))
+    return tuple(
+        jnp.where(tie & (n == first), _ABOVE_ALL, x)
+        for tie, n, x in zip(ties, numbers, distances, strict=True)
+    )
+
+
+def _both(ties: Sequence[Arrays], numbers: Sequence[Arrays], least: jax.Array) -> list[Arrays]:
+    return [
+        tuple(tie & (n >= least) for tie, n in zip(*both, strict=True))
+        for both in zip(ties, numbers, strict=True)
+    ]
+
+
+def _shuffled(scores: Sequence[Arrays]) -> list[Arrays]:
+    """A number for each entry, uint32, no two alike and in no order: the factor is odd."""
+    offset, result = 0, []
+    for parts in scores:
+        own = []
+        for x in parts:
+            place, stride = jnp.full(x.shape, offset, jnp.uint32), 1
+            for axis in reversed(range(x.ndim)):
+                place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride)
+                stride *= x.shape[axis]
+            own.append(place * np.uint32(2_654_435_769))
+            offset += x.size
+        result.append(tuple(own))
+    return result
+
+
 def _count(layers: Sequence[Layer], masks: Sequence[Arrays]) -> jax.Array:
     """How many weights of the layers the masks mark."""
     marked = (
@@ -218,19 +292,20 @@ def _count(layers: Sequence[Layer], masks: Sequence[Arrays]) -> jax.Array:
     return functools.reduce(jnp.add, marked)
 
 
-def _kth_largest(layers: Sequence[Layer], scores: Sequence[Arrays], k: jax.Array) -> jax.Array:
-    """The k-th largest score of all weights, by its bits: those of floats from 0 on are in order.
+def _as_float(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
-    It takes a pass over the weights for each bit, and no memory: a sort would bring all layers into
-    one array, and all its shards onto one device.
+
+def _largest_bits(length: int, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest number of so many bits for which something holds that holds for smaller ones.
+
+    It asks once for each bit. Floats from 0 on are in the order of their bits, so that a k-th
+    largest takes a pass over the weights for each, and no memory: a sort would bring all layers
+    into one array, and all its shards onto one device.
     """
 
-    def of_bits(bits: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
     def with_bit(i: jax.Array, bits: jax.Array) -> jax.Array:
-        more = bits | (jnp.int32(1) << (30 - i))
-        at_least = [tuple(x >= of_bits(more) for x in score) for score in scores]
-        return jnp.where(_count(layers, at_least) >= k, more, bits)
+        more = bits | (jnp.uint32(1 << (length - 1)) >> i.astype(jnp.uint32))
+        return jnp.where(holds(more), more, bits)
 
-    return of_bits(jax.lax.fori_loop(jnp.int32(0), jnp.int32(31), with_bit, jnp.int32(0)))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(length), with_bit, jnp.uint32(0))

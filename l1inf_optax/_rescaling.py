@@ -22,9 +22,10 @@ from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection.arguments import brief, is_traced
 from l1inf_optax._pruning import Prune
 from l1inf_optax._schedules import Shrink
-from l1inf_optax._transform import PLACEHOLDER
+from l1inf_optax._transform import PLACEHOLDER, ball_states
 
 _SAME = 0.02  # factors that count as equal
+_CLOSE = 0.05  # by what share of what they differ by outputs may change: bfloat16 rounds
 
 
 class Rescaled(NamedTuple):
@@ -50,30 +51,32 @@ def rescale_params(
     layers: Layers = None,
     reference: float = 5.0,
 ) -> Rescaled:
-    r"""Scales a network down into its balls, so that it trains as in balls of a middle size.
+    r"""Scales a network down, so that in small balls it trains as in those of a middle size.
 
     In balls of radius c the signal of an ordinary network falls with :math:`\prod_l c_l`, and so do
     its gradients; from about two hidden layers and c = 1 on it does not train any more. But with
     ReLU units, and others that are positively homogeneous, nothing is lost except the size of the
-    outputs. So constrained weights start ``min(1, c / reference)`` times as large, free layers
-    behind them take up what is missing at the output, and :func:`with_scales` hands the optimizer
-    parameters in units in which the network is as it was before. Then every c up to ``reference``
-    trains as that does, to rounding error; only biases count for less in the norm of a column, the
-    smaller the balls in front of it.
+    outputs. So constrained weights start ``min(1, c / reference)`` times as large, free layers take
+    up what is missing at the output, and :func:`with_scales` hands the optimizer parameters in
+    units in which the network is as it was before. Then every c up to ``reference`` trains as that
+    does, to rounding error; only biases count for less in the norm of a column, the smaller the
+    balls in front of it. Nothing is projected: that is left to :func:`shrink`, or to the first
+    update.
 
     What scales to take is measured, so neither names nor the order of layers matter: a leaf's is
     the ratio of the gradients of the outputs before and after. A norm behind a layer makes its
-    scale harmless, and that shows there, too. It needs numbers: call it before training, outside
-    of `jax.jit`.
+    scale harmless, and that shows there, too. Whether the outputs are what they were is checked. It
+    needs numbers: call it before training, outside of `jax.jit`.
 
     Args:
-        apply: A function of the parameters and ``inputs`` to the outputs, an array with the
+        apply: A function of the parameters and ``inputs`` to the outputs, one array with the
             examples along its first axis. It should not be random.
         params: Pytree of freshly initialised parameters, with the scale that an initialization of
             He or LeCun gives them.
-        inputs: Some inputs, such as a batch.
-        c: As for :func:`constrain`; of a :func:`shrink` what it ends at. A schedule is replaced by
-            the number it ends at.
+        inputs: Some inputs that differ, such as a batch.
+        c: As for :func:`constrain`, but numbers: of a schedule the one that it ends at. A
+            :func:`shrink` counts as its ``to`` (without one nothing is scaled), a :func:`prune` as
+            its ``c``.
         layers: As in :func:`keep_params_in_l1inf_ball`.
         reference: Radius whose signal all smaller ones get. A unit with k equal weights keeps the
             mean square of ReLU units if its norm is :math:`\sqrt{2k}`: 5 suits about a dozen.
@@ -83,16 +86,18 @@ def rescale_params(
 
     Raises:
         ValueError: as :func:`keep_params_in_l1inf_ball`; ``reference`` is not positive and finite;
-            a radius is a schedule; the outputs are constant; or no free layer's weights scale them.
+            a radius is a schedule or an array; there is not one array of outputs, or they do not
+            differ; no free layer's weights scale them; or they are not what they were, as the
+            network is not homogeneous (tanh, GELU, residual sums) or the format too short.
 
     References:
         Neyshabur, Salakhutdinov and Srebro (2015), *Path-SGD*, for the invariance.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, l1inf_optax as l1inf
-        >>> model, x = l1inf.linen.AugmentedMLP((32, 32, 10)), jnp.ones((4, 8)) * jnp.eye(4, 8)
+        >>> model, x = l1inf.linen.AugmentedMLP((32, 32, 10)), jnp.eye(4, 8)
         >>> params = model.init(jax.random.key(0), x)
-        >>> c = {"hidden_*": 0.5}
+        >>> c = {"hidden_*": l1inf.shrink(0.5, over=1000)}
         >>> small, scales = l1inf.rescale_params(model.apply, params, x, c)
         >>> bool(jnp.allclose(model.apply(small, x), model.apply(params, x), atol=1e-5))
         True
@@ -100,7 +105,7 @@ def rescale_params(
         100.0
         >>> tx = l1inf.constrain(l1inf.with_scales(optax.adam(1e-3), scales), c)
     """
-    if not (isinstance(reference, int | float) and 0 < reference < math.inf):
+    if jnp.ndim(reference) or not 0 < float(reference) < math.inf:
         raise ValueError(f"reference={brief(reference)} is no positive number: give a radius")
     _layers.check_params(params)
     _layers.check_radii(c)
@@ -111,42 +116,81 @@ def rescale_params(
     free = [layer for layer in found if layer.leaf_path not in constrained]
 
     def outputs(leaves: list[Any]) -> jax.Array:
-        """What tells inputs apart, in one vector."""
+        """What tells inputs apart."""
         y = apply(jax.tree.unflatten(structure, leaves), inputs)
-        parts = [x.astype(jnp.float32) for x in jax.tree.leaves(y)]
-        return jnp.concatenate([jnp.ravel(x - x.mean(0)) for x in parts])
-
-    size = jax.jit(lambda leaves: jnp.linalg.norm(outputs(leaves)))
-    # Without biases the network is homogeneous. They start at zero, or follow when it is known how.
-    start = _without_biases(found, leaves)
-    if not size(start) > 0:
-        raise ValueError("apply gives the same outputs for all inputs: give random weights")
-    factors = {
-        i: min(1.0, _radius(layer, radius) / reference)
-        for layer, radius in chosen
-        for i in layer.kernels
-    }
-    small = _scaled(start, factors)
-    lost = float(size(small) / size(start))
-    if abs(lost - 1) > _SAME:
-        takers = [
-            layer
-            for layer in free
-            if abs(size(_scaled(small, dict.fromkeys(layer.kernels, 2.0))) / size(small) / 2 - 1)
-            < _SAME
-        ]
-        if not takers:
+        if len(jax.tree.leaves(y)) != 1 or jnp.ndim(jax.tree.leaves(y)[0]) == 0:
             raise ValueError(
-                f"c={brief(c)} leaves {lost:.2g} of the outputs, and no free layer's weights scale "
-                "them: leave the output layer free, as in c={'hidden_*': 1.0}"
+                f"apply returns {brief(jax.tree.map(jnp.shape, y))}: give a function to one array "
+                "of outputs, examples along its first axis"
             )
-        factors |= {i: lost ** (-1 / len(takers)) for layer in takers for i in layer.kernels}
+        y = jax.tree.leaves(y)[0].astype(jnp.float32)
+        return y - y.mean(0)
+
+    size = jax.jit(lambda leaves: _length(outputs(leaves)))
+    # Without biases the network is homogeneous. They start at zero, or follow when it is known how.
+    start = small = _without_biases(found, leaves)
+    if not 0 < size(start) < jnp.inf:
+        raise ValueError(
+            "apply gives outputs that are the same for all inputs, or not finite: give some inputs "
+            "that differ, and random weights, those of the output layer included"
+        )
+    factors: dict[int, float] = {}
+    # One layer after the other, as the product of all factors may be below the smallest float.
+    for layer, radius in chosen:
+        before = size(small)
+        factor = min(1.0, _radius(layer, radius) / float(reference))
+        factors |= dict.fromkeys(layer.kernels, factor)
         small = _scaled(start, factors)
-    before, after = (_sensitivities(outputs, x, found) for x in (start, small))
-    scales = [_scale(*x) for x in zip(leaves, before, after, strict=True)]
+        lost = float(size(small) / before)
+        if abs(lost - 1) > _SAME:
+            takers = _takers(size, small, free)
+            if not takers:
+                raise ValueError(
+                    f"c={brief(radius)} for {layer.path!r} leaves {lost:.2g} of the outputs, and "
+                    "no free layer's weights scale them: leave the output layer free, as in "
+                    "c={'hidden_*': 1.0}"
+                )
+            share = lost ** (-1 / len(takers))
+            factors |= {i: factors.get(i, 1.0) * share for x in takers for i in x.kernels}
+            small = _scaled(start, factors)
+    of_start, of_small = (_sensitivities(outputs, x, found) for x in (start, small))
+    scales = [
+        _scale(leaf, before, after, factors.get(i))
+        for i, (leaf, before, after) in enumerate(zip(leaves, of_start, of_small, strict=True))
+    ]
     own = {i for layer in found for i in layer.leaves}
     rescaled = [(x * scales[i]).astype(x.dtype) if i in own else x for i, x in enumerate(leaves)]
+    _check_same(outputs, leaves, rescaled, c)
     return Rescaled(*(jax.tree.unflatten(structure, x) for x in (rescaled, scales)))
+
+
+def _length(x: jax.Array) -> jax.Array:
+    """The Euclidean length; squares neither underflow nor overflow."""
+    top = jnp.max(jnp.abs(x))
+    return top * jnp.linalg.norm(jnp.ravel(x / jnp.where(top > 0, top, 1)))
+
+
+def _takers(size: Callable[[list[Any]], Any], leaves: list[Any], free: list[Layer]) -> list[Layer]:
+    """The free layers whose weights scale the outputs: doubled, they double them."""
+
+    def ratio(layer: Layer) -> float:
+        return float(size(_scaled(leaves, dict.fromkeys(layer.kernels, 2.0))) / size(leaves))
+
+    return [layer for layer in free if abs(ratio(layer) / 2 - 1) < _SAME]
+
+
+def _check_same(
+    outputs: Callable[[list[Any]], jax.Array], before: list[Any], after: list[Any], c: Radii
+) -> None:
+    expected, got = jax.jit(outputs)(before), jax.jit(outputs)(after)
+    error = float(_length(got - expected) / _length(expected))
+    if not error < _CLOSE:
+        raise ValueError(
+            f"c={brief(c)} changes the outputs by {error:.2g} of what they differ by: scaling "
+            "layers down is harmless behind ReLU and norms, but not behind tanh or GELU, within "
+            "residual sums, with biases of a stack of layers, or in float16. Choose larger radii "
+            "for these layers, or leave them free"
+        )
 
 
 def _radius(layer: Layer, radius: Radius) -> float:
@@ -185,7 +229,7 @@ def _sensitivities(
         def mixed(floats: list[Any]) -> jax.Array:
             given = iter(floats)
             y = outputs([next(given) if f else x for f, x in zip(is_float, leaves, strict=True)])
-            return jnp.vdot(y, jax.random.normal(jax.random.key(0), y.shape, y.dtype))
+            return jnp.sum(y * jax.random.normal(jax.random.key(0), y.shape, y.dtype))
 
         return jax.grad(mixed)(floats)
 
@@ -199,17 +243,21 @@ def _sensitivities(
 def _norms(grad: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """The gradient's norm; of an augmented kernel that of its bias row, and of the others below."""
     if axes is None:
-        return jnp.linalg.norm(jnp.ravel(grad))
+        return _length(grad)
     shape = [n if i in axes else 1 for i, n in enumerate(grad.shape)]
     row = jax.lax.broadcasted_iota(jnp.int32, shape, axes[0])
-    bias, weights = (jnp.linalg.norm(jnp.where(mask, grad, 0)) for mask in (row == 0, row > 0))
+    bias, weights = (_length(jnp.where(mask, grad, 0)) for mask in (row == 0, row > 0))
     return jnp.where(row == 0, bias, weights)
 
 
-def _scale(leaf: Any, before: jax.Array | None, after: jax.Array | None) -> Any:
+def _scale(
+    leaf: Any, before: jax.Array | None, after: jax.Array | None, factor: float | None
+) -> Any:
     """How much smaller steps have to be where outputs depend more on a leaf than they did."""
     if before is None or after is None:
         return jnp.ones([]) if hasattr(leaf, "dtype") else leaf
+    if factor is not None and before.ndim == 0:
+        return jnp.float32(factor)
     is_known = (before > 0) & (after > 0)
     return jnp.where(is_known, before / jnp.where(after > 0, after, 1), 1)
 
@@ -242,7 +290,8 @@ def with_scales(
         A `optax.GradientTransformationExtraArgs`, which hands other arguments to the optimizer.
 
     Raises:
-        ValueError: from ``init`` and ``update``, ``scales`` has nothing for a leaf.
+        ValueError: ``optimizer`` is none, ``scales`` not positive; and, from ``init`` and
+            ``update``, ``scales`` has nothing for a leaf, or ``optimizer`` keeps a ball itself.
 
     Example:
         >>> import jax.numpy as jnp, optax, l1inf_optax as l1inf
@@ -253,8 +302,17 @@ def with_scales(
         >>> updates["hidden"]["kernel"][0, 0].round(6), updates["out"]["kernel"][0, 0].round(6)
         (Array(-0.0001, dtype=float32), Array(-0.01, dtype=float32))
     """
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise ValueError(
+            f"optimizer={brief(optimizer)} is no optimizer: say with_scales(optax.adam(1e-3), "
+            "scales), the optimizer first"
+        )
+    for path, scale in _layers.named_leaves(scales):
+        if hasattr(scale, "dtype") and not is_traced(scale) and not bool(jnp.all(scale > 0)):
+            raise ValueError(
+                f"scales is not positive at {path!r}: give what rescale_params returned"
+            )
     inner = optax.with_extra_args_support(optimizer)
-
     by_path = dict(_layers.named_leaves(scales))  # NNX hands out parameters with and without boxes
 
     def scaled(tree: Any, operation: Callable[[Any, Any], Any]) -> Any:
@@ -272,13 +330,26 @@ def with_scales(
 
     def init_fn(params: Any) -> WithScalesState:
         is_placeholder = isinstance(params, PLACEHOLDER)
-        return WithScalesState(inner.init(params if is_placeholder else scaled(params, jnp.divide)))
+        state = inner.init(params if is_placeholder else scaled(params, jnp.divide))
+        if ball_states(state):
+            raise ValueError(
+                "optimizer keeps its parameters in a ball, which would be scaled with them: put "
+                "constrain around, as in constrain(with_scales(optax.adam(1e-3), scales), c)"
+            )
+        return WithScalesState(state)
 
     def update_fn(
         updates: Any, state: WithScalesState, params: Any = None, **extra: Any
     ) -> tuple[Any, WithScalesState]:
         if params is not None:
             params = scaled(params, jnp.divide)
+        if "grad" in extra:  # those of line searches
+            extra["grad"] = scaled(extra["grad"], jnp.multiply)
+        if "value_fn" in extra:
+            value_fn = extra["value_fn"]
+            extra["value_fn"] = lambda params, *args, **more: value_fn(
+                scaled(params, jnp.multiply), *args, **more
+            )
         updates = scaled(updates, jnp.multiply)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         return scaled(updates, jnp.multiply), WithScalesState(inner_state)

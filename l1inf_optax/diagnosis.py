@@ -661,12 +661,21 @@ def _small_c(columns: list[_Columns]) -> Iterator[Finding]:
 
 def _constant_outputs(outputs: Any, constrained: Constrained) -> Iterator[Finding]:
     """Outputs that are the same for all inputs, next to what a loss notices."""
-    parts = [np.asarray(x, np.float64) for x in jax.tree.leaves(outputs)]
-    if any(x.ndim == 0 or len(x) < 2 for x in parts):
+    parts = [np.asarray(x, np.float64) for x in jax.tree.leaves(outputs) if hasattr(x, "dtype")]
+    if not parts or any(x.ndim == 0 or len(x) < 2 for x in parts):
         raise ValueError(
             "outputs needs the outputs for two inputs at least, along its first axis: give "
             "apply(params, inputs) for some inputs that differ"
         )
+    if not all(np.isfinite(x).all() for x in parts):
+        yield Finding(
+            "not finite",
+            "error",
+            (),
+            "There are NaN or infinite outputs: training has diverged, or the inputs hold some.",
+            "Look for them in the data, and go on from parameters that are finite.",
+        )
+        return
     spread = max(float(x.std(0).max(initial=0)) for x in parts)
     if spread < _LEAST_SPREAD:
         yield Finding(
@@ -674,7 +683,7 @@ def _constant_outputs(outputs: Any, constrained: Constrained) -> Iterator[Findin
             "warning",
             tuple(layer.path for layer, _ in constrained),
             f"Over these inputs no output has a standard deviation above {spread:.2g}: the balls "
-            "take the signal away, and gradients vanish with it.",
+            "take the signal away, and gradients vanish with it, or the output layer starts at 0.",
             "Start with l1inf.rescale_params, which gives the free layers as much back, and let "
             "the optimizer follow with l1inf.with_scales; or choose a larger c.",
         )

@@ -33,6 +33,7 @@ UNEVEN = jax.tree.map(  # biases without a gradient
     lambda x: jnp.linspace(-1.0, 1.0, x.size).reshape(x.shape) * (x.ndim > 1), PARAMS
 )
 INPUTS = jnp.eye(8)
+TANH = l1inf.linen.AugmentedMLP((16, 3), activation=jnp.tanh)
 C = {"hidden_*": 1.0}
 KEEP = l1inf.keep_params_in_l1inf_ball(C)
 SGD = optax.chain(optax.sgd(0.1), KEEP)
@@ -119,6 +120,9 @@ ERRORS = {
     "nothing takes up the scale": lambda: l1inf.rescale_params(network, PARAMS, INPUTS, 0.5),
     "a radius whose end is not known": lambda: l1inf.rescale_params(
         network, PARAMS, INPUTS, {"hidden_1": halved}
+    ),
+    "a network that is not homogeneous": lambda: TANH.rescale(
+        TANH.init(jax.random.key(0), INPUTS), 4 * INPUTS, C
     ),
     "the same outputs for all inputs": lambda: l1inf.rescale_params(
         network, jax.tree.map(jnp.zeros_like, PARAMS), INPUTS, C

@@ -201,13 +201,63 @@ def test_zeros_wait_for_steps_that_are_taken():
     assert counts[-1] == math.ceil(0.8 * SIZE)
 
 
-def test_ties_are_not_broken_and_a_nan_is_not_hidden():
-    params = {"hidden": {"kernel": jnp.array([[1.0, 1.0], [1.0, jnp.nan], [0.5, 0.25]])}}
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_ties_are_broken_and_no_layer_is_emptied(share):
+    params = {
+        "one": {"kernel": jnp.ones((20, 9)).at[::2].set(-1)},
+        "two": {"kernel": jnp.full((4, 5), 1e-3)},
+    }
+    tx = l1inf.constrain(optax.sgd(0.0), l1inf.prune(share, over=1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    after = optax.apply_updates(params, updates)
+    left = {name: int((x["kernel"] != 0).sum()) for name, x in after.items()}
+    assert left["two"] == 1
+    assert left["one"] == 200 - math.ceil(share * 200) - 1
+
+
+def test_a_layer_that_pruning_has_emptied_would_not_come_back():
+    params = {
+        "small": {"kernel": 1e-4 * jax.random.normal(jax.random.key(0), (2, 2))},
+        "large": {"kernel": jax.random.normal(jax.random.key(1), (50, 40))},
+    }
+    tx = l1inf.constrain(optax.sgd(1.0), l1inf.prune(0.9, over=1000))
+    state = tx.init(params)
+    for i in range(8):
+        grads = jax.tree.map(lambda x, i=i: jnp.full_like(x, 0.5 * (i > 5)), params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert int((params["small"]["kernel"] == 0).sum()) == 3
+
+
+def test_in_bfloat16_ties_do_not_keep_zeros_back():
+    kernel = 0.1 * jax.random.normal(jax.random.key(0), (200, 500), jnp.bfloat16)
+    tx = l1inf.constrain(optax.sgd(0.0), l1inf.prune(0.9, over=1))
+    params = {"kernel": kernel}
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert int((optax.apply_updates(params, updates)["kernel"] == 0).sum()) == 90_000
+
+
+@pytest.mark.parametrize(("share", "zeros"), [(0.55, 55), (0.07, 7), (0.951, 96), (0.999, 99)])
+def test_rounding_makes_no_zero_more(share, zeros):
+    params = {"kernel": jax.random.normal(jax.random.key(0), (10, 10))}
+    tx = l1inf.constrain(optax.sgd(0.0), l1inf.prune(share, over=1))
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert int((optax.apply_updates(params, updates)["kernel"] == 0).sum()) == zeros
+
+
+def test_a_large_network_that_starts_late_has_its_rounds():
+    wanted, is_due = l1inf.prune(0.95, over=10).due(jnp.int32(0), jnp.int32(0), 100_000_000)
+    assert is_due
+    np.testing.assert_allclose(wanted, 0.95e8 * (1 - 0.9**3), rtol=1e-6)
+
+
+def test_a_nan_is_not_hidden():
+    params = {"hidden": {"kernel": jnp.array([[1.0, 1.5], [2.0, jnp.nan], [0.5, 0.25]])}}
     tx = l1inf.constrain(optax.sgd(0.0), l1inf.prune(0.5, over=1))
     updates, _ = tx.update(params, tx.init(params), params)
     after = optax.apply_updates(params, updates)["hidden"]["kernel"]
     assert np.isnan(after[1, 1])
-    assert (np.asarray(after) == 0).tolist() == [[False, False], [False, False], [True, True]]
+    assert (np.asarray(after) == 0).tolist() == [[True, False], [False, False], [True, True]]
 
 
 def test_augmented_and_stacked_layers():

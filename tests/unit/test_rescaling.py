@@ -209,6 +209,76 @@ def test_models_of_all_libraries(make):
     assert all(layer.max_norm <= 0.5 for layer in report.layers if layer.sparsity > 0.2)
 
 
+@pytest.mark.parametrize(("depth", "c"), [(5, 1e-3), (10, 0.05), (20, 0.3)])
+def test_products_of_radii_below_the_smallest_float(depth, c):
+    params = mlp(widths=(6, *[12] * depth, 3))
+    small, scales = l1inf.rescale_params(apply, params, INPUTS, {"layer_*": c})
+    before = apply(params, INPUTS)
+    np.testing.assert_allclose(apply(small, INPUTS), before, atol=1e-3 * float(before.std()))
+    for i in range(depth):
+        expected = (c / REFERENCE) ** (i + 1)
+        if expected > 1e-36:
+            np.testing.assert_allclose(scales[f"layer_{i}"]["bias"], expected, rtol=0.2)
+
+
+def saturating(params, x):
+    for i in range(len(params) - 1):
+        layer = params[f"layer_{i}"]
+        x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
+    return x @ params["a_readout"]["kernel"]
+
+
+def residual(params, x):
+    x = x @ params["layer_0"]["kernel"]
+    for _ in range(2):
+        x += jax.nn.relu(x @ params["layer_1"]["kernel"]) @ params["layer_2"]["kernel"]
+    return x @ params["a_readout"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    ("function", "c"), [(saturating, C), (residual, {"layer_1": 0.5, "layer_2": 0.5})]
+)
+def test_what_is_not_homogeneous_is_refused(function, c):
+    params = mlp(widths=(6, 10, 10, 10, 3), biases=True)
+    with pytest.raises(ValueError, match=r"changes the outputs|no free layer"):
+        l1inf.rescale_params(function, params, INPUTS, c)
+
+
+def test_a_line_search_sees_the_loss_where_it_is():
+    params = mlp(widths=(6, 8, 3))
+    small, scales = l1inf.rescale_params(apply, params, INPUTS, C)
+    targets = jax.random.normal(jax.random.key(5), (16, 3))
+
+    def loss(params):
+        return jnp.mean((apply(params, INPUTS) - targets) ** 2)
+
+    losses = []
+    search = optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(20))
+    for start, tx in ((params, search), (small, l1inf.with_scales(search, scales))):
+        p, state = start, tx.init(start)
+        for _ in range(5):
+            value, grad = jax.value_and_grad(loss)(p)
+            updates, state = tx.update(grad, state, p, value=value, grad=grad, value_fn=loss)
+            p = optax.apply_updates(p, updates)
+        losses.append(float(loss(p)))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    assert losses[0] < 0.9 * float(loss(params))
+
+
+def test_the_ball_goes_around():
+    small, scales = l1inf.rescale_params(apply, mlp(), INPUTS, C)
+    with pytest.raises(ValueError, match="put constrain around"):
+        l1inf.with_scales(l1inf.constrain(optax.adam(1e-3), C), scales).init(small)
+    with pytest.raises(ValueError, match="the optimizer first"):
+        l1inf.with_scales(optax.adam, scales)
+    with pytest.raises(ValueError, match="not positive"):
+        l1inf.with_scales(optax.adam(1e-3), jax.tree.map(jnp.zeros_like, scales))
+    with pytest.raises(ValueError, match="one array"):
+        l1inf.rescale_params(lambda p, x: (apply(p, x), x), mlp(), INPUTS, C)
+    with pytest.raises(ValueError, match="one array"):
+        l1inf.rescale_params(lambda p, x: apply(p, x).sum(), mlp(), INPUTS, C)
+
+
 def test_an_augmented_kernel_has_a_scale_for_its_bias():
     function, params, c = linen()
     scales = l1inf.rescale_params(function, params, INPUTS, c).scales["params"]
@@ -268,7 +338,7 @@ def test_wrong_use_is_named():
         l1inf.rescale_params(apply, params, INPUTS, 0.5)
     with pytest.raises(ValueError, match="that it ends at"):
         l1inf.rescale_params(apply, params, INPUTS, {"layer_*": lambda step: 1.0})
-    with pytest.raises(ValueError, match="same outputs"):
+    with pytest.raises(ValueError, match="the same for all inputs"):
         l1inf.rescale_params(apply, jax.tree.map(jnp.zeros_like, params), INPUTS, C)
     with pytest.raises(ValueError, match="scales has no leaf at"):
         l1inf.with_scales(optax.adam(1e-3), {"other": 1.0}).init(params)
