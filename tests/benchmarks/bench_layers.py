@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
@@ -73,7 +72,7 @@ TASKS = {
         LeNet5(),
         functools.cache(training.digits),
         64,
-        1240,
+        930,
         {
             "convolutions": ("conv_*",),
             "dense layers": ("dense_*",),
@@ -84,7 +83,7 @@ TASKS = {
         Encoder(),
         functools.cache(training.small_digits),
         64,
-        1260,
+        1050,
         {
             "queries, keys": ("attention_*/query", "attention_*/key"),
             "values, outputs": ("attention_*/value", "attention_*/out"),
@@ -110,17 +109,7 @@ def share_of_zeros(arrays: list[jax.Array]) -> float:
     return float(100 * sum(int((x == 0).sum()) for x in arrays) / sum(x.size for x in arrays))
 
 
-def methods(share: float, steps: int) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """A radius and options of `constrain`."""
-    over = round(0.6 * steps)
-    return {
-        "`prune`": (l1inf.prune(share, over=over), {}),
-        "gradual magnitude": (l1inf.prune(share, over=over), {"metric": "euclidean"}),
-        "ball that shrinks, released": (
-            l1inf.shrink(zeros=share, over=over, release=jnp.inf),
-            {},
-        ),
-    }
+METHODS: dict[str, dict[str, Any]] = {"`prune`": {}, "gradual magnitude": {"metric": "euclidean"}}
 
 
 def main() -> None:
@@ -137,7 +126,8 @@ def main() -> None:
         return right, share_of_zeros(kernels(params, globs)), share_of_zeros(kernels(params))
 
     def row(label: str, tx: Any, globs: tuple[str, ...]) -> None:
-        program = Program(task.model.apply, tx, task.batch, task.steps)
+        has_convolutions = isinstance(task.model, LeNet5)
+        program = Program(task.model.apply, tx, task.batch, task.steps, has_convolutions)
         found = [trial(program, seed, globs) for seed in SEEDS]
         cells = " | ".join(map(training.mean_and_spread, zip(*found, strict=True)))
         print(f"| {label} | {cells} |", flush=True)
@@ -152,8 +142,9 @@ def main() -> None:
     for group, globs in task.groups.items():
         size = 100 * sum(x.size for x in kernels(params, globs)) / of_all
         for share in SHARES:
-            for name, (c, options) in methods(share, task.steps).items():
-                tx = l1inf.constrain(adam, dict.fromkeys(globs, c), **options)
+            c = dict.fromkeys(globs, l1inf.prune(share, over=round(0.6 * task.steps)))
+            for name, options in METHODS.items():
+                tx = l1inf.constrain(adam, c, **options)
                 row(f"{group} | {size:.0f} | {100 * share:g} | {name}", tx, globs)
     print(f"\n{watch}")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ def digits(seed: int) -> Data:
     return _split(x[order], y[order], 4000)
 
 
-@functools.cache
+@cache
 def mnist(path: str) -> Data:
     """All of MNIST, as it is split."""
     data = load_digits(path)
@@ -81,40 +81,42 @@ def apply_mlp(params: Any, x: jax.Array) -> jax.Array:
 class Program:
     """An ordinary program: minibatches without replacement, cross-entropy, an optimizer.
 
-    Compiled once for all seeds.
+    Compiled once for all seeds. In one loop on the device, unless ``step_by_step``: convolutions
+    in a loop have one thread on a CPU.
     """
 
-    def __init__(self, apply: Apply, tx: Any, batch: int, steps: int) -> None:
+    def __init__(
+        self, apply: Apply, tx: Any, batch: int, steps: int, step_by_step: bool = False
+    ) -> None:
         self.apply, self.tx, self.batch, self.steps = apply, tx, batch, steps
-        self._train = jax.jit(self._all_steps)
+        self.step_by_step = step_by_step
+        self._step, self._all = jax.jit(self._update), jax.jit(self._scan)
 
     def train(self, params: Any, data: Data, seed: int) -> Any:
         """The parameters at the end."""
-        return self._train(params, data.x, data.y, jax.random.key(1000 + seed))
-
-    def _all_steps(self, params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> Any:
-        per_epoch = len(x) // self.batch
-
-        def epoch(carry: Any, n: jax.Array) -> tuple[Any, None]:
-            rows = jax.random.permutation(jax.random.fold_in(key, n), len(x))
-            rows = rows[: per_epoch * self.batch].reshape(per_epoch, self.batch)
-            return jax.lax.scan(step, carry, (rows, n * per_epoch + jnp.arange(per_epoch)))
-
-        def step(carry: Any, at: Any) -> tuple[Any, None]:
-            rows, number = at
-            return jax.lax.cond(number < self.steps, functools.partial(update, rows), same, carry)
-
-        def same(carry: Any) -> tuple[Any, None]:
-            return carry, None
-
-        def update(rows: jax.Array, carry: Any) -> tuple[Any, None]:
-            params, state = carry
-            grads = jax.grad(lambda p: _loss(self.apply(p, x[rows]), y[rows]))(params)
-            updates, state = self.tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
+        per_epoch = len(data.x) // self.batch
+        keys = jax.random.split(jax.random.key(1000 + seed), -(-self.steps // per_epoch))
+        orders = jax.vmap(lambda key: jax.random.permutation(key, len(data.x)))(keys)
+        rows = orders[:, : per_epoch * self.batch].reshape(-1, self.batch)[: self.steps]
         carry = params, self.tx.init(params)
-        return jax.lax.scan(epoch, carry, jnp.arange(-(-self.steps // per_epoch)))[0][0]
+        if not self.step_by_step:
+            return self._all(carry, data.x, data.y, rows)
+        for own in rows:
+            carry = self._step(carry, data.x, data.y, own)
+        return carry[0]
+
+    def _scan(self, carry: Any, x: jax.Array, y: jax.Array, rows: jax.Array) -> Any:
+        def step(carry: Any, own: jax.Array) -> tuple[Any, None]:
+            return self._update(carry, x, y, own), None
+
+        (params, _), _ = jax.lax.scan(step, carry, rows)
+        return params
+
+    def _update(self, carry: Any, x: jax.Array, y: jax.Array, rows: jax.Array) -> Any:
+        params, state = carry
+        grads = jax.grad(lambda p: _loss(self.apply(p, x[rows]), y[rows]))(params)
+        updates, state = self.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
 
 
 def _loss(logits: jax.Array, y: jax.Array) -> jax.Array:
