@@ -45,6 +45,11 @@ class Prune:
     start: int | jax.Array
     c: Any
 
+    @property
+    def is_free(self) -> bool:
+        """Whether there is no ball around it."""
+        return isinstance(self.c, int | float) and math.isinf(self.c)
+
     def due(self, step: jax.Array, zeros: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
         """How many zeros this update is to reach, and whether it has to choose new ones.
 
@@ -157,11 +162,9 @@ def pruned(
         members = [i for i, (_, radius) in enumerate(layers) if radius is own]
         chosen = [layers[i][0] for i in members]
         held = [_held(layers[i][0], operands[i], step >= own.start) for i in members]
-        scores = [_distances(*x, slopes[i]) for x, i in zip(held, members, strict=True)]
-        falls = _falling(own, chosen, scores, step)
-        for i, (params, updates), marked in zip(members, held, falls, strict=True):
-            taken = zip(marked, params, updates, strict=True)
-            result[i] = params, tuple(jnp.where(falls, -p, u) for falls, p, u in taken)
+        updates = _with_zeros(own, chosen, held, [slopes[i] for i in members], step)
+        for i, (params, _), own_updates in zip(members, held, updates, strict=True):
+            result[i] = params, own_updates
     return result
 
 
@@ -191,41 +194,60 @@ def _distances(params: Arrays, updates: Arrays, slopes: Arrays | None) -> Arrays
     return tuple(map(distance, params, updates, slopes or (None,) * len(params)))
 
 
-def _falling(
-    own: Prune, layers: Sequence[Layer], distances: Sequence[Arrays], step: jax.Array
+def _with_zeros(
+    own: Prune,
+    layers: Sequence[Layer],
+    operands: Sequence[Operands],
+    slopes: Sequence[Arrays | None],
+    step: jax.Array,
 ) -> list[Arrays]:
-    """Which weights become zero in this update."""
+    """The updates of the layers, those of weights that become zero in this one leading there."""
     size = sum(
-        layer.weights_of_a_unit(parts[-len(layer.kernels) :]) * math.prod(layer.columns_shape)
-        for layer, parts in zip(layers, distances, strict=True)
+        layer.weights_of_a_unit(params[-len(layer.kernels) :]) * math.prod(layer.columns_shape)
+        for layer, (params, _) in zip(layers, operands, strict=True)
     )
     if size > _MOST_WEIGHTS:
         raise ValueError(
             f"zeros={brief(own.zeros)} is asked of {size:,} weights together, more than can be "
             "counted: give groups of layers a prune(...) of their own"
         )
-    matrices = sum(math.prod(layer.matrices_shape) for layer in layers)
-    zeros = size - _count(layers, [tuple(x > 0 for x in parts) for parts in distances])
+    zeros = _count(layers, [tuple(p == 0 for p in params) for params, _ in operands])
     wanted, is_due = own.due(step, zeros, size)
-    wanted = jnp.minimum(wanted, size - matrices)
+    matrices = sum(math.prod(layer.matrices_shape) for layer in layers)
+    stay = size - jnp.minimum(wanted, size - matrices)
+    # In the dtypes that can lead to zero, whatever that of the updates.
+    updates = [
+        tuple(u.astype(jnp.result_type(p, u)) for p, u in zip(*both, strict=True))
+        for both in operands
+    ]
+
+    def in_a_round() -> list[Arrays]:
+        distances = [_distances(*x, y) for x, y in zip(operands, slopes, strict=True)]
+        falls = _falling(layers, distances, stay)
+        return [
+            tuple(
+                jnp.where(fall, -p.astype(u.dtype), u)
+                for fall, p, u in zip(marked, params, own, strict=True)
+            )
+            for marked, (params, _), own in zip(falls, operands, updates, strict=True)
+        ]
+
+    return jax.lax.cond(is_due, in_a_round, lambda: updates)
+
+
+def _falling(layers: Sequence[Layer], distances: Sequence[Arrays], stay: jax.Array) -> list[Arrays]:
+    """All but so many weights, those that are farthest from zero; none where that is not known."""
     numbers = _shuffled(distances)
     scores = [_with_one_left(*x) for x in zip(layers, distances, numbers, strict=True)]
-
-    def last_to_stay() -> tuple[jax.Array, jax.Array]:
-        """The score of the last that stays, and its number among those with the same score."""
-        stay = size - wanted
-        least = _as_float(_largest_bits(31, lambda bits: at_least(_as_float(bits)) >= stay))
-        ties = [tuple(x == least for x in parts) for parts in scores]
-        of_ties = stay - (at_least(least) - _count(layers, ties))
-        number = _largest_bits(
-            32, lambda bits: _count(layers, _both(ties, numbers, bits)) >= of_ties
-        )
-        return least, number
 
     def at_least(score: jax.Array) -> jax.Array:
         return _count(layers, [tuple(x >= score for x in parts) for parts in scores])
 
-    least, number = jax.lax.cond(is_due, last_to_stay, lambda: (jnp.float32(0), jnp.uint32(0)))
+    least = _as_float(_largest_bits(31, lambda bits: at_least(_as_float(bits)) >= stay))
+    # Of those that are as far as the last that stays, those with the largest numbers stay.
+    ties = [tuple(x == least for x in parts) for parts in scores]
+    of_ties = stay - (at_least(least) - _count(layers, ties))
+    number = _largest_bits(32, lambda bits: _count(layers, _both(ties, numbers, bits)) >= of_ties)
     is_known = least < jnp.inf
     return [
         layer.of_weights(

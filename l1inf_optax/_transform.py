@@ -666,11 +666,15 @@ def _into_ball(
             operands = _unmoved(operands, tuple((p == 0) & is_held for p in operands[0]))
         stepped.append(operands)
         slopes_of.append(None if slope_leaves is None else layer.columns(slope_leaves))
-    requests, fallen = [], []
+    asked, requests, fallen, after = [], [], [], {}
     for (layer, radius), slope, operands in zip(
         chosen, slopes_of, pruned(chosen, stepped, slopes_of, state.step), strict=True
     ):
         memory = memories[layer.leaf_path]
+        if isinstance(radius, Prune) and radius.is_free:
+            layer.put(operands[1], leaves)
+            after[layer.kernels[0]] = memory
+            continue
         c, shrinking, operands = _at_step(layer, radius, memory.shrinking, state.step, operands)
         request = Request(
             operands=operands,
@@ -680,11 +684,11 @@ def _into_ball(
             slope=None if slope is None else _at_most_one(slope, layer.reduction_axes),
             near=_near(rules.stickiness, operands[0]) if rules.sticks else 0.0,
         )
+        asked.append(layer)
         requests.append(request)
         fallen.append(shrinking)
-    after = {}
-    for (layer, _), request, shrinking, projected in zip(
-        chosen, requests, fallen, rules.project(_all_stepped, requests), strict=True
+    for layer, request, shrinking, projected in zip(
+        asked, requests, fallen, rules.project(_all_stepped, requests), strict=True
     ):
         land = functools.partial(_landing_update, inside=projected.inside)
         landing = tuple(map(land, *request.operands, projected.parts))
