@@ -227,9 +227,9 @@ def _with_zeros(
         return [
             tuple(
                 jnp.where(fall, -p.astype(u.dtype), u)
-                for fall, p, u in zip(marked, params, own, strict=True)
+                for fall, p, u in zip(marked, params, steps, strict=True)
             )
-            for marked, (params, _), own in zip(falls, operands, updates, strict=True)
+            for marked, (params, _), steps in zip(falls, operands, updates, strict=True)
         ]
 
     return jax.lax.cond(is_due, in_a_round, lambda: updates)

@@ -47,11 +47,14 @@ def gradients(params, key):
 def train(tx, params, steps, seed=1):
     """The parameters after each step."""
     state, seen = tx.init(params), []
-    update = jax.jit(tx.update)
+
+    @jax.jit
+    def step(params, state, key):
+        updates, state = tx.update(gradients(params, key), state, params)
+        return optax.apply_updates(params, updates), state
+
     for i in range(steps):
-        grads = gradients(params, jax.random.fold_in(jax.random.key(seed), i))
-        updates, state = update(grads, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = step(params, state, jax.random.fold_in(jax.random.key(seed), i))
         seen.append(params)
     return seen
 
@@ -67,7 +70,7 @@ def hidden(share, **options):
 SIZE = 30 * 8 + 8 * 6
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("share", [0.1, 0.9, 0.99])
 @pytest.mark.parametrize(
     "wrap",
     [

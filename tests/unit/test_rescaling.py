@@ -80,9 +80,14 @@ def test_an_optimizer_takes_the_same_steps(name):
         (small, l1inf.with_scales(OPTIMIZERS[name](), scales)),
     ):
         params, state = start, tx.init(start)
-        for _ in range(30):
+
+        @jax.jit
+        def step(params, state, tx=tx):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state
+
+        for _ in range(30):
+            params, state = step(params, state)
         outputs.append(apply(params, INPUTS))
     np.testing.assert_allclose(*outputs, rtol=2e-3, atol=2e-3)
     assert not np.allclose(outputs[0], apply(mlp(biases=True), INPUTS), atol=0.05)
@@ -110,10 +115,15 @@ def test_constrain_projects_in_the_scaled_metric(make):
         )
         tx = l1inf.constrain(l1inf.with_scales(make(), scales), radii)
         state = tx.init(params)
-        update = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p))
-        for _ in range(60):
-            updates, state = update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
+
+        def step(carry, _, tx=tx):
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        (params, _), _ = jax.jit(lambda x, step=step: jax.lax.scan(step, x, length=60))(
+            (params, state)
+        )
         ends.append(params)
     for name in ("layer_0", "layer_1", "layer_2"):
         zeros = [np.asarray(params[name]["kernel"] == 0) for params in ends]
