@@ -25,6 +25,7 @@ from l1inf_optax._projection.arguments import (
     check_share,
     is_traced,
 )
+from l1inf_optax._schedules import Shrink
 
 if TYPE_CHECKING:
     from l1inf_optax._layers import Layer
@@ -135,7 +136,7 @@ def prune(
     check_share("zeros", zeros, what, may_be_zero=False)
     check_count("over", over, "the number of updates in which zeros are made", least=1)
     check_count("start", start, "the number of updates before zeros are made")
-    if isinstance(c, Prune) or dataclasses.is_dataclass(c):
+    if isinstance(c, Shrink | Prune):
         raise ValueError(f"c={brief(c)} is no number: give the radius of the ball around it")
     if not callable(c):
         check_radius(c, columns=())
@@ -173,10 +174,16 @@ def _held(layer: Layer, operands: Operands, is_on: jax.Array) -> Operands:
 
     A matrix that is all zero has yet to start: pruning leaves at least one weight to each.
     """
-    params, updates = operands
-    zeros = layer.zero_weights(params)
+    zeros = layer.zero_weights(operands[0])
     stays = layer.for_entries(is_on & (layer.share_of_zeros(zeros) < 1))
-    return params, tuple(jnp.where(x & stays, 0, u) for x, u in zip(zeros, updates, strict=True))
+    return unmoved(operands, tuple(zero & stays for zero in zeros))
+
+
+def unmoved(operands: Operands, where: Arrays) -> Operands:
+    """The operands, updates zero at some entries."""
+    params, updates = operands
+    stays = zip(where, updates, strict=True)
+    return params, tuple(jnp.where(stay, 0, u) for stay, u in stays)
 
 
 def _distances(params: Arrays, updates: Arrays, slopes: Arrays | None) -> Arrays:

@@ -22,7 +22,7 @@ from l1inf_optax._layers import Layer, Layers, Radii, Radius
 from l1inf_optax._projection.arguments import brief, is_traced
 from l1inf_optax._pruning import Prune
 from l1inf_optax._schedules import Shrink
-from l1inf_optax._transform import PLACEHOLDER, ball_states
+from l1inf_optax._transform import PLACEHOLDER, ball_states, check_optimizer
 
 _SAME = 0.02  # factors that count as equal
 _CLOSE = 0.05  # by what share of what they differ by outputs may change: bfloat16 rounds
@@ -172,11 +172,14 @@ def _length(x: jax.Array) -> jax.Array:
 
 def _takers(size: Callable[[list[Any]], Any], leaves: list[Any], free: list[Layer]) -> list[Layer]:
     """The free layers whose weights scale the outputs: doubled, they double them."""
+    doubled = 2 * size(leaves)
 
-    def ratio(layer: Layer) -> float:
-        return float(size(_scaled(leaves, dict.fromkeys(layer.kernels, 2.0))) / size(leaves))
+    def doubles(layer: Layer) -> bool:
+        return bool(
+            abs(size(_scaled(leaves, dict.fromkeys(layer.kernels, 2.0))) / doubled - 1) < _SAME
+        )
 
-    return [layer for layer in free if abs(ratio(layer) / 2 - 1) < _SAME]
+    return list(filter(doubles, free))
 
 
 def _check_same(
@@ -302,11 +305,7 @@ def with_scales(
         >>> updates["hidden"]["kernel"][0, 0].round(6), updates["out"]["kernel"][0, 0].round(6)
         (Array(-0.0001, dtype=float32), Array(-0.01, dtype=float32))
     """
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise ValueError(
-            f"optimizer={brief(optimizer)} is no optimizer: say with_scales(optax.adam(1e-3), "
-            "scales), the optimizer first"
-        )
+    check_optimizer(optimizer, "with_scales(optax.adam(1e-3), scales)")
     for path, scale in _layers.named_leaves(scales):
         if hasattr(scale, "dtype") and not is_traced(scale) and not bool(jnp.all(scale > 0)):
             raise ValueError(

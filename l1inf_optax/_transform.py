@@ -31,7 +31,7 @@ from l1inf_optax._projection.arguments import (
 from l1inf_optax._projection.floats import Pair, round_to, wide_dtype
 from l1inf_optax._projection.requests import Request, project_all, project_columns
 from l1inf_optax._projection.shrink import Projected
-from l1inf_optax._pruning import Prune, pruned
+from l1inf_optax._pruning import Operands, Prune, pruned, unmoved
 from l1inf_optax._schedules import Shrink, ShrinkState
 
 _SMALL = 0.02  # of a column's largest threshold: steps that no longer choose which entries are zero
@@ -258,7 +258,7 @@ def constrain(
         raise ValueError(
             f"metric={brief(metric)} is unknown: use 'auto', 'euclidean' or a function"
         )
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer, "constrain(optax.adam(1e-3), c)")
     inner = optax.with_extra_args_support(optimizer)
     ball = keep_params_in_l1inf_ball(
         c, layers=layers, stickiness=stickiness, hold_zeros_from=hold_zeros_from
@@ -305,14 +305,15 @@ def constrain(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any, example: str) -> None:
+    """Raises a ValueError that shows the example if ``optimizer`` is none."""
     if hasattr(optimizer, "init") and hasattr(optimizer, "update"):
         return
     what = f"optimizer={optimizer!r} is no optimizer"
     if callable(optimizer):
         name = getattr(optimizer, "__name__", "optimizer")
         what = f"optimizer={name} is a function that makes one: call it, as in {name}(1e-3)"
-    raise ValueError(f"{what}. Say constrain(optax.adam(1e-3), c), the optimizer first")
+    raise ValueError(f"{what}. Say {example}, the optimizer first")
 
 
 def project_params(params: Any, c: Radii, *, layers: Layers = None) -> Any:
@@ -663,7 +664,7 @@ def _into_ball(
         operands = layer.columns(params_leaves), layer.columns(leaves)
         if rules.hold_zeros_from is not None:
             is_held = state.step >= rules.hold_zeros_from
-            operands = _unmoved(operands, tuple((p == 0) & is_held for p in operands[0]))
+            operands = unmoved(operands, tuple((p == 0) & is_held for p in operands[0]))
         stepped.append(operands)
         slopes_of.append(None if slope_leaves is None else layer.columns(slope_leaves))
     asked, requests, fallen, after = [], [], [], {}
@@ -707,8 +708,8 @@ def _at_step(
     radius: Radius,
     shrinking: ShrinkState | None,
     step: jax.Array,
-    operands: tuple[Arrays, Arrays],
-) -> tuple[Any, ShrinkState | None, tuple[Arrays, Arrays]]:
+    operands: Operands,
+) -> tuple[Any, ShrinkState | None, Operands]:
     """What a radius is at an update, its state then, and the operands, its zeros held."""
     if not isinstance(radius, Shrink) or shrinking is None:
         return radius_at(radius, step), None, operands
@@ -716,14 +717,8 @@ def _at_step(
     shrinking = radius.advance(shrinking, step, layer.share_of_zeros(zeros))
     if radius.hold:
         is_held = layer.for_entries(step >= shrinking.held_from)
-        operands = _unmoved(operands, tuple(zero & is_held for zero in zeros))
+        operands = unmoved(operands, tuple(zero & is_held for zero in zeros))
     return layer.for_columns(radius.radius(shrinking, step)), shrinking, operands
-
-
-def _unmoved(operands: tuple[Arrays, Arrays], where: Arrays) -> tuple[Arrays, Arrays]:
-    params, updates = operands
-    stays = zip(where, updates, strict=True)
-    return params, tuple(jnp.where(stay, 0, u) for stay, u in stays)
 
 
 def _near(stickiness: float | jax.Array, parts: Arrays) -> jax.Array:

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 import l1inf_optax as l1inf
 from tests.benchmarks import training
-from tests.benchmarks.training import Data, Program, cosine
+from tests.benchmarks.training import Data, Program, share_of_zeros
 
 SEEDS = range(3)
 SHARES = (0.8, 0.95)
@@ -105,10 +105,6 @@ def kernels(params: Any, globs: tuple[str, ...] = ("*",)) -> list[jax.Array]:
     ]
 
 
-def share_of_zeros(arrays: list[jax.Array]) -> float:
-    return float(100 * sum(int((x == 0).sum()) for x in arrays) / sum(x.size for x in arrays))
-
-
 METHODS: dict[str, dict[str, Any]] = {"`prune`": {}, "gradual magnitude": {"metric": "euclidean"}}
 
 
@@ -132,7 +128,7 @@ def main() -> None:
         cells = " | ".join(map(training.mean_and_spread, zip(*found, strict=True)))
         print(f"| {label} | {cells} |", flush=True)
 
-    adam = optax.adam(cosine(3e-3, task.steps))
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, task.steps))
     params = task.model.init(jax.random.key(0), task.data(0).x[:1])
     of_all = sum(x.size for x in kernels(params))
     heads = "layers | of the weights, % | zeros asked, % | method | test accuracy, %"

@@ -21,7 +21,7 @@ import optax
 
 import l1inf_optax as l1inf
 from tests.benchmarks import training
-from tests.benchmarks.training import Data, Program, apply_mlp, cosine, hidden
+from tests.benchmarks.training import Data, Program, apply_mlp, hidden
 
 SHARES = (0.9, 0.95, 0.98)
 RATES = (1e-3, 3e-3, 6e-3)
@@ -120,7 +120,7 @@ SCORES: dict[str, Metric] = {
 def scores(task: Task, data: Data, params: Any) -> None:
     print("| score | ranked | zeros asked, % | test accuracy, % |")
     print("| --- | --- | --- | --- |")
-    adam = optax.adam(cosine(3e-3, task.steps))
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, task.steps))
     for share in SHARES:
         for name, metric in SCORES.items():
             alone = {f"hidden_{i}": _cubic(share, task.steps) for i in range(2)}
@@ -134,7 +134,9 @@ def scores(task: Task, data: Data, params: Any) -> None:
 
 def program(task: Task, method: Method, share: float, rate: float) -> Program:
     c = {"hidden_*": method.c(share, task.steps)}
-    tx = l1inf.constrain(optax.adam(cosine(rate, task.steps)), c, **method.options)
+    tx = l1inf.constrain(
+        optax.adam(optax.cosine_decay_schedule(rate, task.steps)), c, **method.options
+    )
     return Program(apply_mlp, tx, task.batch, task.steps)
 
 
@@ -145,7 +147,9 @@ def main() -> None:
     options = parser.parse_args()
     watch = training.Watch()
     task = tasks(options.data)["digits" if options.task == "digits" else "mnist"]
-    dense_program = Program(apply_mlp, optax.adam(cosine(3e-3, task.steps)), task.batch, task.steps)
+    dense_program = Program(
+        apply_mlp, optax.adam(optax.cosine_decay_schedule(3e-3, task.steps)), task.batch, task.steps
+    )
 
     @functools.cache
     def dense(seed: int) -> tuple[Data, Any]:

@@ -132,7 +132,10 @@ def accuracy(apply: Apply, params: Any, data: Data) -> float:
 
 def zeros(params: Any, names: Sequence[str]) -> float:
     """Per cent of the weights of these layers."""
-    kernels = [params[name]["kernel"] for name in names]
+    return share_of_zeros([params[name]["kernel"] for name in names])
+
+
+def share_of_zeros(kernels: Sequence[jax.Array]) -> float:
     return float(100 * sum(int((k == 0).sum()) for k in kernels) / sum(k.size for k in kernels))
 
 
@@ -143,10 +146,6 @@ def hidden(params: Any) -> list[str]:
 def mean_and_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation over seeds."""
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-
-
-def cosine(rate: float, steps: int) -> Callable[[Any], Any]:
-    return optax.cosine_decay_schedule(rate, steps)
 
 
 class Watch:

@@ -139,12 +139,10 @@ def test_a_share_of_the_weights_becomes_zero_and_stays(start):
 
 
 def test_small_balls_are_made_up_for_in_the_readout(start):
-    def apply(params, x):
-        return MODEL.apply(params, x)
-
-    rescaled = l1inf.rescale_params(apply, start, X, {"hidden_*": C / 10}, reference=C)
+    rescaled = l1inf.rescale_params(MODEL.apply, start, X, {"hidden_*": C / 10}, reference=C)
     assert isinstance(rescaled, l1inf.Rescaled)
-    np.testing.assert_allclose(apply(rescaled.params, X), apply(start, X), rtol=1e-4, atol=1e-5)
+    outputs = (MODEL.apply(params, X) for params in (rescaled.params, start))
+    np.testing.assert_allclose(*outputs, rtol=1e-4, atol=1e-5)
     state = l1inf.with_scales(optax.adam(0.1), rescaled.scales).init(rescaled.params)
     assert isinstance(state, l1inf.WithScalesState)
 

@@ -208,44 +208,36 @@ def test_a_loop_of_updates_keeps_its_types_under_explicit_sharding():
         assert all(oracle.norm64(column) <= 1 for column in columns.T)
 
 
+def trained(optimizer, place):
+    """Parameters after eight updates, and what the state then says of radii that fall."""
+    tx, start = OPTIMIZERS[optimizer](), place(tree(0))
+    params, state, update = start, tx.init(start), jax.jit(tx.update)
+    for i in range(1, 9):
+        updates, state = update(place(tree(i)), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state.ball.shrinking
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["columns", "rows", "both"])
 def test_zeros_are_counted_over_all_devices(layout, mode):
-    tx, start, where = OPTIMIZERS["prune"](), tree(0), mesh(mode)
-
-    def trained(place):
-        params, state = place(start), tx.init(place(start))
-        update = jax.jit(tx.update)
-        for i in range(1, 8):
-            updates, state = update(place(tree(i)), state, params)
-            params = optax.apply_updates(params, updates)
-        return params
-
-    expected = trained(lambda x: x)
+    where = mesh(mode)
+    expected, _ = trained("prune", lambda x: x)
     zeros = sum(int((x["kernel"] == 0).sum()) for x in expected.values())
     assert zeros >= N * UNITS
     with jax.set_mesh(where):
-        params = trained(partial(placed, mesh=where, layout=layout))
+        params, _ = trained("prune", partial(placed, mesh=where, layout=layout))
     chex.assert_trees_all_close(params, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", ["columns", "rows", "both"])
 def test_a_radius_that_falls_does_so_as_on_one_device(layout, mode):
-    tx, start, where = OPTIMIZERS["shrink"](), tree(0), mesh(mode)
-
-    def trained(place):
-        params, state = place(start), tx.init(place(start))
-        update = jax.jit(tx.update)
-        for i in range(1, 9):
-            updates, state = update(place(tree(i)), state, params)
-            params = optax.apply_updates(params, updates)
-        return params, state.ball.shrinking
-
-    params, expected = trained(lambda x: x)
+    where = mesh(mode)
+    params, expected = trained("shrink", lambda x: x)
     assert max(jax.tree.leaves(expected.held_from)) < 8
     with jax.set_mesh(where):
-        placed_params, shrinking = trained(partial(placed, mesh=where, layout=layout))
+        placed_params, shrinking = trained("shrink", partial(placed, mesh=where, layout=layout))
     chex.assert_trees_all_close(placed_params, params, atol=1e-5)
     chex.assert_trees_all_close(shrinking, expected, rtol=1e-5)
 
